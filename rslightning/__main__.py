@@ -1,0 +1,142 @@
+"""The `rslightning` command: answers the light verbs itself and hands the others on.
+
+Help, version and recipes come from the standard library alone, in a tenth of a second; torch and
+Lightning are imported by the verbs that need them.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+
+from rslightning import __version__
+from rslightning.errors import RunError, UserError
+
+TRAINER_VERBS = {
+    "fit": "fine-tune: --config RECIPE [--config FRAGMENT ...] [--model.adapter.rank 64 ...]",
+    "validate": "measure the loss on held-out rows",
+    "test": "measure the loss on test rows",
+    "predict": "write answers to held-out prompts",
+}
+
+EPILOG = """\
+start here:
+  rslightning fit --config recipes/quickstart.yaml
+  rslightning fit --help                            every option of a run
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit status.
+
+    0 is success, 1 a failure while running, 2 what the user can mend, 130 an interrupt.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _dispatch(arguments)
+    except UserError as error:
+        return _say(error, 2)
+    except RunError as error:
+        return _say(error, 1)
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+    return 0
+
+
+def _dispatch(arguments: list[str]) -> None:
+    verb = arguments[0] if arguments else "--help"
+    if verb in TRAINER_VERBS:
+        from rslightning.cli import run
+
+        run(arguments)
+        return
+    parsed = build_parser().parse_args(arguments or ["--help"])
+    parsed.run(parsed)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of everything that is not a Trainer's business."""
+    parser = _Parser(
+        prog="rslightning",
+        description="Fine-tune language models with rank-stabilized LoRA.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"rslightning {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, purpose in TRAINER_VERBS.items():
+        verbs.add_parser(verb, help=purpose)
+    _add_merge(verbs)
+    _add_export(verbs)
+    recipes = verbs.add_parser("recipes", help="list, show or copy the packaged recipes")
+    recipes.add_argument("action", nargs="?", choices=("list", "show", "copy"), default="list")
+    recipes.add_argument("name", nargs="?")
+    recipes.set_defaults(run=_lazily("rslightning.recipes", "run"))
+    return parser
+
+
+def _add_merge(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    merge = verbs.add_parser("merge", help="base + adapter -> a plain Hugging Face model folder")
+    _add_source(merge)
+    merge.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the merged weights (default: the base's)",
+    )
+    merge.set_defaults(run=_lazily("rslightning.verbs", "merge"))
+
+
+def _add_export(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    export = verbs.add_parser("export", help="checkpoint -> a PEFT adapter folder")
+    _add_source(export)
+    export.add_argument(
+        "--fold-scaling",
+        action="store_true",
+        help="multiply gamma into B and write use_rslora: false, lora_alpha: r, for servers that "
+        "ignore use_rslora",
+    )
+    export.set_defaults(run=_lazily("rslightning.verbs", "export"))
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="a checkpoint file, an adapter folder (ours or PEFT's) or a run folder",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="a new folder")
+    parser.add_argument(
+        "--base-model", metavar="NAME", help="the base model, where it moved since training"
+    )
+
+
+def _lazily(module: str, function: str) -> Callable[[argparse.Namespace], None]:
+    def run(arguments: argparse.Namespace) -> None:
+        from importlib import import_module
+
+        getattr(import_module(module), function)(arguments)
+
+    return run
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what was wrong in one sentence, with the nearest right word."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        if "invalid choice: " in message:
+            wrong = message.partition("invalid choice: ")[2].partition(" (")[0].strip("'\"")
+            choices = [c for a in self._actions if a.choices for c in a.choices]
+            close = difflib.get_close_matches(wrong, choices, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; try {self.prog} --help."
+            raise UserError(f"{wrong!r} is not known to {self.prog}{hint}")
+        raise UserError(f"{message} (see {self.prog} --help).")
+
+
+def _say(message: object, status: int) -> int:
+    print(f"rslightning: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

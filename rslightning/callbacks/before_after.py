@@ -1,0 +1,86 @@
+"""Show what a fit changed: held-out loss and one answer, before and after."""
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from rslightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the model does at one moment."""
+
+    loss: float
+    answer: str
+
+
+@final
+class BeforeAfter(Callback):
+    """Print held-out loss and the answer to one held-out prompt, before and after the fit.
+
+    Works with a `CausalLMModule` and a `TextDataModule`.
+
+    Args:
+        example: Which held-out row is answered.
+
+    Raises:
+        UserError: If module or data cannot be asked (another class), or there is no such row.
+    """
+
+    def __init__(self, example: int = 0) -> None:
+        self.example = example
+        self._before: Snapshot | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the untrained model."""
+        data = getattr(trainer, "datamodule", None)
+        if not hasattr(data, "held_out_rows") or not hasattr(pl_module, "nats"):
+            raise UserError("before_after needs a CausalLMModule and one of rslightning.data.")
+        if self.example >= len(data.held_out_rows):
+            raise UserError(
+                f"before_after.example is {self.example}, but there are "
+                f"{len(data.held_out_rows)} held-out rows."
+            )
+        self._before = self._look(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look again and print both."""
+        before, after = self._before, self._look(trainer, pl_module)
+        assert before is not None
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        prompt, reference = data.held_out_rows[self.example]
+        rank_zero_info(
+            f"held-out loss before {before.loss:.4f}, after {after.loss:.4f} nats per token\n"
+            f"a held-out prompt:\n{_indent(prompt)}\n"
+            f"answer before:\n{_indent(before.answer)}\n"
+            f"answer after:\n{_indent(after.answer)}\n"
+            f"reference:\n{_indent(reference)}"
+        )
+
+    @torch.no_grad()
+    def _look(self, trainer: Trainer, module: Any) -> Snapshot:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        was_training = module.training
+        random_state = torch.get_rng_state()
+        module.eval()
+        with trainer.precision_plugin.forward_context():
+            nats, targets = 0.0, 0
+            for batch in data.val_dataloader():
+                batch = trainer.strategy.batch_to_device(batch, module.device)
+                batch_nats, batch_targets = module.nats(batch)
+                nats, targets = nats + float(batch_nats), targets + int(batch_targets)
+            prompt = trainer.strategy.batch_to_device(
+                data.prompt_batch([self.example]), module.device
+            )
+            answer = data.tokenizer.decode(module.generate(prompt)[0], skip_special_tokens=True)
+        module.train(was_training)
+        torch.set_rng_state(random_state)
+        return Snapshot(nats / max(targets, 1), answer)
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.strip().splitlines() or ["(nothing)"])

@@ -1,0 +1,58 @@
+"""Write what `predict` generates."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, final
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
+
+from rslightning.callbacks.merge_adapters import run_folder
+
+PREDICTIONS_FILE: Final = "predictions.jsonl"
+
+
+@final
+class WritePredictions(BasePredictionWriter):
+    """Write prompt, answer and reference of every predicted row as JSON lines, batch by batch.
+
+    The file is `predictions.jsonl` in the run folder; with several processes each appends its rank.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+        self._path: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start an empty file."""
+        name = f"{trainer.global_rank}.{PREDICTIONS_FILE}" if trainer.world_size > 1 else None
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / (name or PREDICTIONS_FILE)
+        self._path.write_text("", encoding="utf-8")
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Append one line per row."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        assert self._path is not None
+        with self._path.open("a", encoding="utf-8") as file:
+            for row, ids in zip(batch_indices or [], prediction, strict=True):
+                prompt, reference = data.held_out_rows[row]
+                answer = data.tokenizer.decode(ids, skip_special_tokens=True)
+                line = {"prompt": prompt, "answer": answer, "reference": reference}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where the file is."""
+        rank_zero_info(f"predictions: {self._path}")

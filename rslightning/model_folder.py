@@ -1,0 +1,136 @@
+"""A model folder in Hugging Face's layout, seen without transformers: configuration and tensors."""
+
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from rslightning.assets import resolve_asset
+from rslightning.errors import UserError
+from rslightning.storage import open_tensors
+
+CONFIG_FILE: Final = "config.json"
+INDEX_FILE: Final = "model.safetensors.index.json"
+WEIGHTS_FILE: Final = "model.safetensors"
+HUB_FILES: Final = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+class ModelFolder:
+    """Where a model's tensors are.
+
+    Args:
+        path: A folder with `config.json` and safetensors weights, in one file or sharded.
+
+    Raises:
+        UserError: If the folder is none, its configuration is no JSON object, or its weights are
+            missing, damaged or only there as pickles.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(f"{path} is not a folder.")
+        self.config = read_json(self.path / CONFIG_FILE)
+
+    @cached_property
+    def shards(self) -> dict[str, list[str]]:
+        """File name -> names of its tensors, every file opened and its table read."""
+        if (self.path / INDEX_FILE).exists():
+            weight_map = read_json(self.path / INDEX_FILE).get("weight_map", {})
+            files = sorted(set(weight_map.values()))
+        elif (self.path / WEIGHTS_FILE).exists():
+            files = [WEIGHTS_FILE]
+        else:
+            raise UserError(self._no_weights())
+        shards = {}
+        for file in files:
+            if Path(file).name != file:
+                raise UserError(f"{self.path / INDEX_FILE} names {file!r}, outside of its folder.")
+            with open_tensors(self.path / file) as tensors:
+                shards[file] = list(tensors.keys())
+        return shards
+
+    @cached_property
+    def tensor_names(self) -> set[str]:
+        """Names of all tensors."""
+        return {name for names in self.shards.values() for name in names}
+
+    def check_weights(self) -> None:
+        """Raise `UserError` unless every weight file is there and readable."""
+        _ = self.shards
+
+    def other_files(self) -> list[Path]:
+        """Configuration, tokenizer and templates: every file that is not weights."""
+        return [
+            path
+            for path in sorted(self.path.iterdir())
+            if path.is_file()
+            and path.suffix in {".json", ".model", ".txt", ".jinja"}
+            and path.name != INDEX_FILE
+        ]
+
+    def _no_weights(self) -> str:
+        pickles = [*self.path.glob("*.bin"), *self.path.glob("*.pt"), *self.path.glob("*.pth")]
+        if pickles:
+            return (
+                f"{self.path} has its weights only as a pickle ({pickles[0].name}), which could "
+                "run code when opened; convert it to safetensors."
+            )
+        return f"{self.path} has no {WEIGHTS_FILE} and no {INDEX_FILE}."
+
+
+def find_model_folder(name: str, revision: str | None = None) -> Path:
+    """Return the local folder of a model: a folder, `asset:NAME`, or a Hub name (fetched once).
+
+    Raises:
+        UserError: If there is no such folder and the Hub does not have it or cannot be reached.
+    """
+    folder = Path(resolve_asset(name)).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"Base model {name} does not exist.")
+    return _fetch(name, revision)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: If the file is missing or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object.")
+    return value
+
+
+def unique_key(names: Iterable[str], wanted: str) -> str | None:
+    """Return the name under which a checkpoint keeps `wanted`: itself, or without its prefix.
+
+    Some checkpoints leave out the model's outermost segment (`h.0...` for `transformer.h.0...`).
+    """
+    names = set(names)
+    if wanted in names:
+        return wanted
+    _, _, inner = wanted.partition(".")
+    return inner if inner in names else None
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"Base model {name} is no folder here and could not be fetched from the Hub: {reason}"
+        ) from None

@@ -1,0 +1,245 @@
+"""The LightningModule: a Hugging Face causal language model with rsLoRA adapters."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torchmetrics.aggregation import MeanMetric
+
+from rslightning import hf
+from rslightning.batch import Batch
+from rslightning.errors import UserError
+from rslightning.losses import token_nats
+from rslightning.model_folder import find_model_folder
+from rslightning.rslora import AdapterSpec, InjectionReport, inject_adapters
+from rslightning.rslora.adapters import check_same_tensors
+
+STRUCTURE: Final = ("rank", "alpha", "scaling", "targets", "rank_pattern", "alpha_pattern")
+"""Fields of an adapter that decide which tensors there are and what they compute."""
+
+
+class CausalLMModule(LightningModule):
+    """Builds a causal language model, injects adapters, trains and evaluates it.
+
+    The loss is the mean cross-entropy in nats per target token.
+
+    Args:
+        base_model: Hub name, local folder or `asset:NAME` of the frozen base.
+        adapter: Rank, scaling and place of the adapters; null is full fine-tuning.
+        optimizer: Class path and arguments of a torch optimizer. It gets the trainable parameters.
+        lr_scheduler: Class path and arguments of a schedule that steps with the optimizer; null
+            keeps the learning rate constant.
+        dtype: Dtype of the frozen base. Adapters and their optimizer state are float32 always.
+        attention: Attention implementation of transformers (`sdpa`, `eager`, ...).
+        activation_checkpointing: Recompute each decoder layer in the backward pass: less memory,
+            about a third more time.
+        pretrained: Load the base's weights; false draws new ones, for training from scratch.
+        max_new_tokens: Length limit of an answer in `predict`.
+        trust_remote_code: Run model code that the base's folder brings along.
+
+    Logs:
+        train/loss: nats per target token, over the micro-batches of each optimizer step.
+        train/perplexity: its exponential.
+        val/loss, val/perplexity, test/loss, test/perplexity: the same over the whole pass.
+
+    Raises:
+        UserError: If the base cannot be loaded, a target matches nothing, a checkpoint is of
+            another structure, or a token id is outside of the base's vocabulary.
+    """
+
+    model: Any  # a transformers.PreTrainedModel, once configure_model has run
+
+    def __init__(
+        self,
+        base_model: str,
+        adapter: AdapterSpec | None,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+        attention: str = "sdpa",
+        activation_checkpointing: bool = False,
+        pretrained: bool = True,
+        max_new_tokens: int = 64,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if isinstance(adapter, Mapping):  # as checkpoints keep it
+            adapter = AdapterSpec(**adapter)
+        self.base_model, self.adapter = base_model, adapter
+        self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
+        self.dtype_name, self.attention, self.pretrained = dtype, attention, pretrained
+        self.activation_checkpointing = activation_checkpointing
+        self.max_new_tokens, self.trust_remote_code = max_new_tokens, trust_remote_code
+        # Plain values only, so that every checkpoint opens with weights_only=True.
+        self.save_hyperparameters(
+            {
+                "base_model": base_model,
+                "adapter": asdict(adapter) if adapter else None,
+                "dtype": dtype,
+                "attention": attention,
+                "pretrained": pretrained,
+            }
+        )
+        self.strict_loading = False  # checkpoints hold the trainable state only
+        self.model = None
+        self.injection: InjectionReport | None = None
+        self.mean_nats = MeanMetric()
+        self._step_nats: list[tuple[Tensor, Tensor]] = []
+
+    def configure_model(self) -> None:
+        """Load the base, inject the adapters; a second call does nothing."""
+        if self.model is not None:
+            return
+        model = hf.load_causal_lm(
+            find_model_folder(self.base_model),
+            getattr(torch, self.dtype_name),
+            self.attention,
+            self.pretrained,
+            self.activation_checkpointing,
+            self.trust_remote_code,
+        )
+        if self.adapter is not None:
+            self.injection = inject_adapters(model, self.adapter)
+            if self.injection.warning:
+                rank_zero_warn(self.injection.warning)
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the logits [B, T, V] of a batch."""
+        logits: Tensor = self.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).logits
+        return logits
+
+    def nats(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the summed nats of a batch's targets and their number."""
+        return token_nats(self(batch), batch.labels)
+
+    def on_fit_start(self) -> None:
+        """Refuse data of another vocabulary before the first step."""
+        self._check_vocabulary()
+
+    def on_validation_start(self) -> None:
+        """Refuse data of another vocabulary."""
+        self._check_vocabulary()
+
+    def on_test_start(self) -> None:
+        """Refuse data of another vocabulary."""
+        self._check_vocabulary()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the mean nats per target token of one micro-batch."""
+        nats, targets = self.nats(batch)
+        self._step_nats.append((nats.detach(), targets))
+        return nats / targets.clamp(min=1)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the loss over all micro-batches of the step."""
+        nats, targets = (torch.stack(column).sum() for column in zip(*self._step_nats, strict=True))
+        self._step_nats.clear()
+        loss = nats / targets.clamp(min=1)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/perplexity", loss.exp())
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the pass's mean."""
+        self._add_to_mean(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean over the pass."""
+        self._log_mean("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the pass's mean."""
+        self._add_to_mean(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the mean over the pass."""
+        self._log_mean("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the ids [B, max_new_tokens] that greedy decoding writes after each prompt."""
+        return self.generate(batch)
+
+    @torch.no_grad()
+    def generate(self, batch: Batch) -> Tensor:
+        """Continue each prompt of a left-padded batch greedily, up to `max_new_tokens`."""
+        ids: Tensor = self.model.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+        )
+        return ids[:, batch.input_ids.shape[1] :]
+
+    def configure_optimizers(self) -> Any:
+        """Build optimizer and schedule over the trainable parameters."""
+        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.make_lr_scheduler is None:
+            return optimizer
+        schedule = {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Return name -> tensor of every trainable parameter."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trainable state only: the base is on disk already."""
+        trainable = self.trainable_state()
+        checkpoint["state_dict"] = {
+            name: tensor for name, tensor in checkpoint["state_dict"].items() if name in trainable
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another structure; say what else differs."""
+        saved = _structure(checkpoint.get("hyper_parameters", {}))
+        for name, value in _structure(self.hparams).items():
+            if name in saved and saved[name] != value:
+                raise UserError(
+                    f"The checkpoint has {name} {saved[name]!r}, this run {value!r}; "
+                    "set it to the checkpoint's, or start a new run."
+                )
+        check_same_tensors(self.trainable_state(), checkpoint["state_dict"])
+
+    def _check_vocabulary(self) -> None:
+        """Raise `UserError` if the data (one of ours) has token ids that the base cannot embed."""
+        data = getattr(self.trainer, "datamodule", None)
+        largest = getattr(data, "largest_token_id", 0)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        if largest >= vocabulary:
+            raise UserError(
+                f"The data has token id {largest}, but {self.base_model} has a vocabulary of "
+                f"{vocabulary}: tokenizer and model do not belong together."
+            )
+
+    def _add_to_mean(self, batch: Batch) -> None:
+        nats, targets = self.nats(batch)
+        self.mean_nats.update(nats / targets.clamp(min=1), weight=targets)
+
+    def _log_mean(self, stage: str) -> None:
+        loss = self.mean_nats.compute()
+        self.mean_nats.reset()
+        self.log(f"{stage}/loss", loss, prog_bar=True)
+        self.log(f"{stage}/perplexity", loss.exp())
+
+
+def _structure(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint and a run must have in common.
+
+    Of the base model that is the last segment of its name, since folders move.
+    """
+    structure: dict[str, Any] = {}
+    if "base_model" in hparams:
+        structure["base_model"] = Path(hparams["base_model"]).name
+    adapter = hparams.get("adapter")
+    if adapter is None:
+        return structure | {"adapter": None}
+    return structure | {f"adapter.{name}": adapter[name] for name in STRUCTURE if name in adapter}

@@ -1,0 +1,139 @@
+"""A trained adapter apart from its model: take it out of one, put it into one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rslightning.errors import UserError
+from rslightning.rslora.inject import wrap_linears
+from rslightning.rslora.linear import adapter_layers, is_conv1d, linear_features
+from rslightning.rslora.spec import ResolvedAdapter
+
+
+@dataclass(frozen=True)
+class LayerAdapter:
+    """The two matrices of one layer with their numbers.
+
+    Shape:
+        lora_a [rank, in], lora_b [out, rank].
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    numbers: ResolvedAdapter
+    transposed: bool = False
+    """Whether the base keeps W as [in, out], as GPT-2's `Conv1D` does."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapters of a whole model.
+
+    Attributes:
+        layers: Path of each adapted module in the base model -> its matrices.
+        base_model: Name or folder of the base model, where known.
+        dropout: Dropout on the adapters' input in training.
+    """
+
+    layers: dict[str, LayerAdapter]
+    base_model: str | None = None
+    dropout: float = 0.0
+
+
+def collect_adapter(model: nn.Module, base_model: str | None = None) -> Adapter:
+    """Return the adapters of `model`, sharing its memory.
+
+    Raises:
+        UserError: If `model` has none.
+    """
+    layers = {
+        path: LayerAdapter(
+            layer.lora_a.detach(), layer.lora_b.detach(), layer.adapter, is_conv1d(layer.base)
+        )
+        for path, layer in adapter_layers(model)
+    }
+    if not layers:
+        raise UserError("The model has no adapters.")
+    dropout = next(layer.dropout for _, layer in adapter_layers(model))
+    return Adapter(layers, base_model, getattr(dropout, "p", 0.0))
+
+
+@torch.no_grad()
+def attach_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Put `adapter` into a `model` that has none, in place; everything else is frozen.
+
+    Raises:
+        UserError: If a module is missing or has another shape: the adapter is of another model.
+    """
+    for path, layer in adapter.layers.items():
+        _check_fits(model, path, layer)
+    numbers = {path: layer.numbers for path, layer in adapter.layers.items()}
+    wrapped = wrap_linears(model, numbers, adapter.dropout)
+    for path, layer in adapter.layers.items():
+        wrapped[path].lora_a.copy_(layer.lora_a)
+        wrapped[path].lora_b.copy_(layer.lora_b)
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return name -> parameter of every adapter matrix, under its name in `model`."""
+    return {
+        f"{path}.{name}": getattr(layer, name)
+        for path, layer in adapter_layers(model)
+        for name in ("lora_a", "lora_b")
+    }
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return name -> detached tensor of every adapter matrix of `model`, sharing its memory."""
+    return {name: parameter.detach() for name, parameter in adapter_parameters(model).items()}
+
+
+@torch.no_grad()
+def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy `state` into the adapters of `model`; every matrix must be there and fit.
+
+    Raises:
+        UserError: If a name is missing or unknown or a shape differs; nothing is copied then.
+    """
+    parameters: dict[str, Tensor] = dict(adapter_parameters(model))
+    check_same_tensors(parameters, state)
+    for name, parameter in parameters.items():
+        parameter.copy_(state[name])
+
+
+def check_same_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise `UserError` naming the first difference unless names and shapes are the same."""
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    if missing or unknown:
+        name, verb = (missing[0], "lacks") if missing else (unknown[0], "has no place for")
+        side = "saved state" if missing else "model"
+        raise UserError(
+            f"The {side} {verb} {name} ({len(missing)} missing, {len(unknown)} unexpected of "
+            f"{len(expected)}): it was saved from another base model or other targets."
+        )
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            raise UserError(
+                f"{name} has shape {list(found[name].shape)} in the saved state and "
+                f"{list(tensor.shape)} in the model: another base model or rank."
+            )
+
+
+def _check_fits(model: nn.Module, path: str, layer: LayerAdapter) -> None:
+    try:
+        features = linear_features(model.get_submodule(path))
+    except AttributeError:
+        raise UserError(
+            f"The adapter has matrices for {path}, where the model has no linear module: "
+            "it was trained on another base model."
+        ) from None
+    expected = (layer.lora_a.shape[1], layer.lora_b.shape[0])
+    if features != expected:
+        raise UserError(
+            f"The adapter's matrices for {path} fit a linear map of {expected[0]} -> "
+            f"{expected[1]}, the model has {features[0]} -> {features[1]}: it was trained on "
+            "another base model."
+        )

@@ -1,0 +1,157 @@
+r"""One frozen linear map with a low-rank adapter beside it.
+
+x  [..., in]
+|________________________
+|                        | dropout (training only)
+W  [out, in]   frozen    A = lora_a  [rank, in]    Kaiming-uniform, variance free of rank
+|                        |
+|                        B = lora_b  [out, rank]   zero at initialization
+|                        | * gamma_r
+(+)______________________|
+|
+y = W x + b + gamma_r B A x                        (arXiv:2312.03732, eq. 2)
+"""
+
+import math
+import sys
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rslightning.rslora.contraction import add_adapter
+from rslightning.rslora.scaling import rank_corrected_gain
+from rslightning.rslora.spec import Init, ResolvedAdapter
+
+
+class LoRALinear(nn.Module):
+    """`y = W x + b + gamma_r B A x` around a frozen `nn.Linear` or GPT-2 `Conv1D`.
+
+    The adapter's parameters are `lora_a` [rank, in] and `lora_b` [out, rank], float32 by default
+    whatever the base is stored in; they are cast to the activation's dtype where they are used.
+
+    Shape:
+        x [..., in] -> y [..., out].
+
+    Args:
+        base: The frozen map. Its parameters stay where they are and keep their dtype.
+        adapter: Rank, alpha and scaling of this module.
+        dropout: Probability of zeroing an entry of the adapter's input during training.
+        dtype: Storage dtype of the adapter.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        adapter: ResolvedAdapter,
+        dropout: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear_features(base)
+        self.adapter = adapter
+        self.rank, self.gamma = adapter.rank, adapter.gamma
+        self.base = base
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        device = next(base.parameters()).device
+        self.lora_a = nn.Parameter(
+            torch.empty(self.rank, self.in_features, dtype=dtype, device=device)
+        )
+        self.lora_b = nn.Parameter(
+            torch.zeros(self.out_features, self.rank, dtype=dtype, device=device)
+        )
+        self.unmerged_weight: Tensor | None = None
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight holds the adapter's update now; see `merge_adapters`."""
+        return self.unmerged_weight is not None
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, for models that look at a layer's dtype or device."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return self.base.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `W x + b + gamma_r B A x`, in the dtype that the base returns."""
+        y: Tensor = self.base(x)
+        if self.merged:
+            return y
+        return add_adapter(y, self.dropout(x), self.lora_a, self.lora_b, self.gamma)
+
+    @torch.no_grad()
+    def reset_adapter(self, name: str, init: Init = "kaiming_uniform") -> None:
+        """Draw A and set B to zero: a pure function of torch's seed, `name` and `in`.
+
+        Each module has a random stream of its own, keyed by its name, so that neither the order of
+        the modules nor the other ranks move it, every process draws the same numbers, and A at rank
+        r is the first r rows of A at any higher rank.
+
+        Args:
+            name: Path of the module in its model; it keys the stream.
+            init: Distribution of the entries, see `AdapterSpec.init`.
+        """
+        seed = (torch.initial_seed() ^ zlib.crc32(name.encode())) & (2**63 - 1)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        # Row by row: whole-tensor draws of different sizes are not prefixes of each other.
+        rows = torch.empty(self.rank, self.in_features)
+        bound = 1.0 / math.sqrt(self.in_features)
+        for row in rows:
+            if init == "gaussian":
+                row.normal_(0.0, bound / math.sqrt(3.0), generator=generator)
+            else:
+                row.uniform_(-bound, bound, generator=generator)
+        if init == "rank_corrected":
+            rows *= rank_corrected_gain(self.rank)
+        self.lora_a.copy_(rows)
+        self.lora_b.zero_()
+
+    def extra_repr(self) -> str:
+        """Show the shape and the numbers of the method."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"rank={self.rank}, alpha={self.adapter.alpha:g}, gamma={self.gamma:g}"
+        )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether `module` is a linear map that an adapter can wrap.
+
+    That is `nn.Linear` with its subclasses (4- and 8-bit ones too) and the `Conv1D` of GPT-2.
+    """
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Tell whether `module` is transformers' `Conv1D`, which stores W as [in, out].
+
+    An instance can only exist where transformers has been imported, hence the look into
+    `sys.modules` instead of an import.
+    """
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+
+
+def linear_features(module: nn.Module) -> tuple[int, int]:
+    """Return (in, out) of a linear map, from its attributes.
+
+    A weight's own shape is no guide: it is packed in 4-bit layers and empty under ZeRO-3.
+    """
+    sizes: Any = module
+    if is_conv1d(module):
+        return sizes.nx, sizes.nf
+    return sizes.in_features, sizes.out_features
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """Yield (path, layer) for every adapted layer of `model`, in module order."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            yield path, module

@@ -1,0 +1,201 @@
+"""Merge an adapter into a model folder on disk, shard by shard: W' = W + gamma_r B A.
+
+Only one shard is in memory at a time, so that a 70B model merges on a laptop. The product is formed
+in float32 and rounded once.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from rslightning.errors import RunError, UserError
+from rslightning.model_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, ModelFolder, unique_key
+from rslightning.rslora.adapters import Adapter, LayerAdapter
+from rslightning.rslora.merge import adapter_delta, add_delta, lost_share
+from rslightning.storage import open_tensors, save_tensors
+
+REPORT_FILE: Final = "merge_report.json"
+
+LOST_SHARE_WARNING: Final = 0.2
+"""Above this share of an update lost to rounding, a merge is warned about."""
+
+
+@dataclass(frozen=True)
+class LayerMerge:
+    """How one layer's update compares with its weight, and what its rounding cost.
+
+    Attributes:
+        weight_norm: ||W||.
+        update_norm: ||dW|| with dW = gamma_r B A.
+        lost_share: ||W_merged - (W + dW)|| / ||dW||.
+    """
+
+    weight_norm: float
+    update_norm: float
+    lost_share: float
+
+
+@dataclass
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        dtype: Dtype of the merged weights, `mixed` where the base mixes several.
+        layers: Path of each adapted module -> its numbers.
+        largest_logit_difference: Largest difference of a logit before and after on a real batch;
+            None where no batch was at hand.
+    """
+
+    dtype: str
+    layers: dict[str, LayerMerge] = field(default_factory=dict)
+    largest_logit_difference: float | None = None
+
+    @property
+    def largest_lost_share(self) -> float:
+        """The largest `lost_share` of all layers."""
+        return max((layer.lost_share for layer in self.layers.values()), default=0.0)
+
+    @property
+    def warning(self) -> str | None:
+        """One sentence if rounding lost a large share of an update, else None."""
+        bad = [path for path, x in self.layers.items() if x.lost_share > LOST_SHARE_WARNING]
+        if not bad:
+            return None
+        return (
+            f"Rounding to {self.dtype} lost more than {LOST_SHARE_WARNING:.0%} of the update in "
+            f"{len(bad)} of {len(self.layers)} layers (at most {self.largest_lost_share:.0%}, "
+            f"{bad[0]} first); merge with dtype float32 to keep it."
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write `merge_report.json`."""
+        content: dict[str, Any] = {
+            **asdict(self),
+            "largest_lost_share": self.largest_lost_share,
+            "warning": self.warning,
+        }
+        (folder / REPORT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def merge_folder(
+    base: ModelFolder,
+    adapter: Adapter,
+    output: Path,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[str], None] = lambda file: None,
+) -> MergeReport:
+    """Write `base` with `adapter` merged into `output`, an existing folder (see `new_folder`).
+
+    Args:
+        base: The model that the adapter was trained on.
+        adapter: Matrices by module path.
+        output: Gets weights under the base's file names, configuration and tokenizer.
+        dtype: Dtype of all floating-point weights; None keeps each tensor's own.
+        progress: Called with each shard's file name before it is merged.
+
+    Raises:
+        UserError: If a module of the adapter is not in `base` or has another shape there.
+        RunError: If a merged weight is not finite.
+    """
+    keys = _match_keys(base, adapter)
+    report = MergeReport(dtype_name(dtype) if dtype else _stored_dtype(base))
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for file, names in base.shards.items():
+        progress(file)
+        shard: dict[str, Tensor] = {}
+        with open_tensors(base.path / file) as tensors:
+            for name in names:
+                weight = tensors.get_tensor(name)
+                target = dtype if dtype and weight.is_floating_point() else weight.dtype
+                if path := keys.get(name):
+                    shard[name], report.layers[path] = _merge(
+                        path, weight, adapter.layers[path], target
+                    )
+                else:
+                    shard[name] = weight.to(target)
+            save_tensors(shard, output / file)
+        weight_map |= dict.fromkeys(names, file)
+        total_size += sum(t.numel() * t.element_size() for t in shard.values())
+    if list(base.shards) != [WEIGHTS_FILE]:
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        (output / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _copy_description(base, output, dtype)
+    report.layers = {path: report.layers[path] for path in adapter.layers}
+    return report
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return `bfloat16` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _match_keys(base: ModelFolder, adapter: Adapter) -> dict[str, str]:
+    """Return tensor name in the checkpoint -> module path of the adapter."""
+    keys = {}
+    for path in adapter.layers:
+        key = unique_key(base.tensor_names, f"{path}.weight")
+        if key is None:
+            raise UserError(
+                f"The adapter has matrices for {path}, of which {base.path} has no weight: it was "
+                "trained on another base model."
+            )
+        keys[key] = path
+    return keys
+
+
+def _merge(
+    path: str, weight: Tensor, layer: LayerAdapter, dtype: torch.dtype
+) -> tuple[Tensor, LayerMerge]:
+    delta = adapter_delta(layer.lora_a, layer.lora_b, layer.numbers.gamma)
+    delta = _oriented(path, delta, tuple(weight.shape), layer.transposed)
+    try:
+        merged = add_delta(weight, delta, dtype)
+    except RunError as error:
+        raise RunError(f"{path}: {error}") from None
+    return merged, LayerMerge(
+        weight_norm=float(weight.double().norm()),
+        update_norm=float(delta.double().norm()),
+        lost_share=lost_share(weight, delta, merged),
+    )
+
+
+def _oriented(path: str, delta: Tensor, shape: tuple[int, ...], transposed: bool) -> Tensor:
+    """Return `delta` [out, in] as the base keeps the weight; only square ones need to be told."""
+    straight, turned = tuple(delta.shape), tuple(delta.T.shape)
+    if shape == turned and (transposed or shape != straight):
+        return delta.T
+    if shape == straight:
+        return delta
+    raise UserError(
+        f"The adapter's update of {path} has shape {list(straight)}, the base's weight "
+        f"{list(shape)}: it was trained on another base model."
+    )
+
+
+def _copy_description(base: ModelFolder, output: Path, dtype: torch.dtype | None) -> None:
+    for path in base.other_files():
+        shutil.copyfile(path, output / path.name)
+    if dtype is not None:
+        config = {key: value for key, value in base.config.items() if key != "torch_dtype"}
+        config["dtype"] = dtype_name(dtype)
+        text = json.dumps(config, indent=2)
+        (output / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _stored_dtype(base: ModelFolder) -> str:
+    """Return the one dtype of the base's floating-point weights, or `mixed`."""
+    found = set()
+    for file, names in base.shards.items():
+        with open_tensors(base.path / file) as tensors:
+            found |= {tensors.get_slice(name).get_dtype() for name in names}
+    names_by_code = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+    floats = {names_by_code[code] for code in found if code in names_by_code}
+    return floats.pop() if len(floats) == 1 else "mixed"

@@ -1,0 +1,125 @@
+"""What to adapt and how: the whole configuration of the method in one frozen record."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar, get_args
+
+from rslightning.errors import UserError
+from rslightning.rslora.scaling import (
+    Scaling,
+    check_alpha,
+    check_rank,
+    check_scaling,
+    scaling_factor,
+)
+
+Init = Literal["kaiming_uniform", "gaussian", "rank_corrected"]
+
+TARGET_GROUPS = ("all_linear", "attention", "mlp")
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Rank, scaling and place of the adapters.
+
+    Args:
+        rank: r; from 4 to 2048 in the paper.
+        alpha: Numerator of the scaling factor gamma_r.
+        scaling: How gamma_r depends on the rank; see `rslightning.rslora.scaling`.
+        targets: `all_linear` (every linear map of attention and MLP, never the output head or an
+            embedding), `attention`, `mlp`, a list of module names (each a full path or its last
+            segments), or a regular expression that matches full paths.
+        dropout: Probability of zeroing an entry of the adapter's input during training.
+        init: Distribution of A's entries. `kaiming_uniform` draws from U(-1/sqrt(in), 1/sqrt(in)),
+            `gaussian` from a normal of the same variance 1/(3 in): neither depends on the rank.
+            `rank_corrected` is `kaiming_uniform` times 1/sqrt(rank) (appendix B.3). B starts at 0.
+        rank_pattern: Module name or regular expression -> rank, for modules that differ.
+        alpha_pattern: The same for alpha.
+
+    Raises:
+        UserError: If a value is out of its range; the message names the field and the value.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    scaling: Scaling = "rslora"
+    targets: str | list[str] = "all_linear"
+    dropout: float = 0.0
+    init: Init = "kaiming_uniform"
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
+        check_alpha(self.alpha)
+        check_scaling(self.scaling)
+        for key, rank in self.rank_pattern.items():
+            check_rank(rank, f"rank_pattern[{key!r}]")
+        for key, alpha in self.alpha_pattern.items():
+            check_alpha(alpha, f"alpha_pattern[{key!r}]")
+        if self.init not in get_args(Init):
+            raise UserError(f"init must be one of {', '.join(get_args(Init))}; got {self.init!r}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"dropout must be in [0, 1), got {self.dropout!r}.")
+        if not self.targets:
+            raise UserError("targets is empty; use all_linear, attention, mlp or module names.")
+        self._check_expressions()
+
+    def _check_expressions(self) -> None:
+        expressions = [*self.rank_pattern, *self.alpha_pattern]
+        if isinstance(self.targets, str):
+            expressions.append(self.targets)
+        for expression in expressions:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise UserError(f"{expression!r} is not a regular expression: {error}.") from None
+
+    def resolve(self, path: str) -> "ResolvedAdapter":
+        """Return rank, alpha and scaling of the module at `path`.
+
+        Raises:
+            UserError: If two patterns match `path` and disagree.
+        """
+        rank = _resolve(path, self.rank_pattern, self.rank, "rank_pattern")
+        alpha = _resolve(path, self.alpha_pattern, self.alpha, "alpha_pattern")
+        return ResolvedAdapter(rank, alpha, self.scaling)
+
+
+@dataclass(frozen=True)
+class ResolvedAdapter:
+    """The method's numbers for one module, after the patterns have been applied."""
+
+    rank: int
+    alpha: float
+    scaling: Scaling
+
+    @property
+    def gamma(self) -> float:
+        """The scaling factor gamma_r."""
+        return scaling_factor(self.rank, self.alpha, self.scaling)
+
+
+def pattern_matches(pattern: str, path: str) -> bool:
+    """Tell whether `pattern` names `path`: a full path, its last segments, or an expression.
+
+    This is PEFT's rule, so that a pattern means the same in an exported adapter.
+    """
+    return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
+
+
+def unmatched_patterns(spec: AdapterSpec, paths: Sequence[str]) -> list[str]:
+    """Return the keys of both pattern tables that name none of `paths`."""
+    keys = [*spec.rank_pattern, *spec.alpha_pattern]
+    return [key for key in keys if not any(pattern_matches(key, path) for path in paths)]
+
+
+def _resolve(path: str, table: Mapping[str, Number], default: Number, name: str) -> Number:
+    matches = {key: value for key, value in table.items() if pattern_matches(key, path)}
+    if len(set(matches.values())) > 1:
+        listed = ", ".join(f"{key!r}: {value}" for key, value in matches.items())
+        raise UserError(f"{name} is ambiguous for {path}: {listed}; make the patterns disjoint.")
+    return next(iter(matches.values()), default)

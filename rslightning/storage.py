@@ -1,0 +1,103 @@
+"""Files that exist whole or not at all, and tensors in safetensors.
+
+A folder is written aside on the same file system, flushed, and renamed into its place.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rslightning.errors import RunError, UserError
+
+TENSORS_METADATA = {"format": "pt"}
+
+
+@contextmanager
+def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder that becomes `path` when the block ends, and vanishes when it fails.
+
+    Args:
+        path: Where the folder shall be; its parents are made.
+        replace: Whether a folder that is there already gives way, after the new one is complete.
+
+    Raises:
+        UserError: If `path` exists, is not empty, and `replace` is false.
+        RunError: If the file system refuses: no space, no permission, not a folder.
+    """
+    path = Path(path).absolute()
+    if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists and is not empty; choose another folder or remove it.")
+    aside: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        yield aside
+        aside.chmod(0o755)
+        _flush(aside)
+        _move_into_place(aside, path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"Could not write {path}: {_reason(error)}.") from error
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write `tensors` to the safetensors file `path`; use within `new_folder`."""
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+        path,
+        metadata=TENSORS_METADATA,
+    )
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[safe_open]:
+    """Open a safetensors file for reading tensor by tensor, memory-mapped.
+
+    Raises:
+        UserError: If the file is missing, truncated or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} cannot be read as safetensors ({error}); it is damaged or incomplete: "
+            "copy or download it again."
+        ) from None
+
+
+def _move_into_place(aside: Path, path: Path) -> None:
+    if not path.exists():
+        aside.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    path.rename(old)
+    aside.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Force the files of `folder` to the disk, so that the rename cannot outrun their bytes."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)

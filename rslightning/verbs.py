@@ -1,0 +1,56 @@
+"""The verbs that need no Trainer: `merge` and `export`."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from rslightning.checkpoint import load_adapter
+from rslightning.errors import UserError
+from rslightning.model_folder import ModelFolder, find_model_folder
+from rslightning.rslora.adapters import Adapter
+from rslightning.rslora.merge_folder import merge_folder
+from rslightning.rslora.peft_format import write_adapter
+from rslightning.storage import new_folder
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    """Write base plus adapter as a plain Hugging Face folder, shard by shard."""
+    adapter = load_adapter(arguments.checkpoint)
+    base = _base_folder(adapter, arguments.base_model)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    with new_folder(arguments.output) as aside:
+        with tqdm(total=len(base.shards), desc="merging", unit="shard") as bar:
+
+            def progress(file: str) -> None:
+                bar.set_postfix_str(file)
+                bar.update()
+
+            report = merge_folder(base, adapter, aside, dtype, progress)
+        report.write(aside)
+    print(
+        f"Merged {len(report.layers)} layers of {adapter.base_model} into {arguments.output} "
+        f"({report.dtype}); rounding lost at most {report.largest_lost_share:.2%} of a layer's "
+        "update."
+    )
+    if report.warning:
+        print(f"Warning: {report.warning}")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write the adapter as a folder that PEFT reads."""
+    adapter = load_adapter(arguments.checkpoint)
+    if arguments.base_model:
+        adapter = replace(adapter, base_model=arguments.base_model)
+    write_adapter(adapter, arguments.output, arguments.fold_scaling)
+    how = "gamma folded into B" if arguments.fold_scaling else "PEFT layout"
+    print(f"Exported the adapters of {len(adapter.layers)} layers to {arguments.output} ({how}).")
+
+
+def _base_folder(adapter: Adapter, override: str | None) -> ModelFolder:
+    name = override or adapter.base_model
+    if name is None:
+        raise UserError("The adapter does not name its base model; pass --base-model.")
+    return ModelFolder(Path(find_model_folder(name)))

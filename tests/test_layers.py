@@ -1,0 +1,98 @@
+"""Imports point down: proven on the source (AST) and on a running interpreter (subprocess)."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rslightning
+
+PACKAGE = Path(rslightning.__file__).parent
+
+# Module or package -> what of this package it may import.
+ALLOWED = {
+    "errors": set(),
+    "storage": {"errors"},
+    "batch": set(),
+    "losses": {"batch"},
+    "cost": set(),
+    "assets": {"errors"},
+    "model_folder": {"assets", "errors", "storage"},
+    "rslora": {"errors", "model_folder", "storage"},
+    "checkpoint": {"errors", "rslora"},
+    "hf": {"errors", "model_folder"},
+    "data": {"assets", "batch", "errors"},
+    "module": {"batch", "errors", "hf", "losses", "model_folder", "rslora"},
+    "callbacks": {"cost", "errors", "model_folder", "rslora", "storage"},
+    "recipes": {"errors"},
+    "verbs": {"checkpoint", "errors", "model_folder", "rslora", "storage"},
+    "cli": {"callbacks", "data", "errors", "module", "recipes"},
+    "__init__": {"module"},
+    "__main__": {"__init__", "cli", "errors"},
+}
+
+
+def imported_units(source: str) -> set[str]:
+    """Return the first segments below `rslightning` that a source file imports anywhere."""
+    units = set()
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "rslightning":
+            names = [
+                f"rslightning.{alias.name if not alias.name.startswith('__') else '__init__'}"
+                for alias in node.names
+            ]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [node.module]
+        units |= {name.split(".")[1] for name in names if name.startswith("rslightning.")}
+    return units
+
+
+def violations(unit: str, source: str) -> set[str]:
+    return imported_units(source) - ALLOWED[unit] - {unit}
+
+
+def unit_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def test_every_import_points_down():
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 25
+    found = {str(p): violations(unit_of(p), p.read_text()) for p in files}
+    assert {path: v for path, v in found.items() if v} == {}
+
+
+def test_an_upward_import_is_noticed():
+    source = "def f():\n    from rslightning.cli import run\n    import rslightning.data.base\n"
+    assert violations("rslora", source) == {"cli", "data"}
+    assert violations("module", "from rslightning import hf, cli") == {"cli"}
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in run.stdout.split()}
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import rslightning", {"torch", "lightning", "transformers", "datasets"}),
+        ("import rslightning.__main__", {"torch", "lightning", "transformers", "datasets", "yaml"}),
+        ("import rslightning.rslora", {"lightning", "transformers", "datasets"}),
+        ("import rslightning.verbs", {"lightning", "transformers", "datasets"}),
+        ("import rslightning.hf", {"lightning", "datasets"}),
+    ],
+)
+def test_heavy_libraries_stay_out(statement, absent):
+    assert modules_after(statement) & absent == set()
+
+
+def test_an_imported_library_is_noticed():
+    assert "lightning" in modules_after("import rslightning; rslightning.CausalLMModule")
