@@ -1,6 +1,10 @@
 """Models, data and paths that several tests use."""
 
+import json
 import os
+import resource
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -8,6 +12,8 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+CACHE = tempfile.TemporaryDirectory(prefix="rslightning-tests-")  # removed when the tests are over
+os.environ.setdefault("HF_DATASETS_CACHE", CACHE.name)
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -17,6 +23,12 @@ def shared(path: str) -> Path:
     if not (SHARED / path).exists():
         pytest.skip(f"needs {path} of the shared data, which is not beside this checkout")
     return SHARED / path
+
+
+@pytest.fixture(scope="session")
+def shared_file():
+    """Return the function that finds a shared file or skips the test."""
+    return shared
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +62,136 @@ def tiny_llama():
         max_position_embeddings=64,
     )
     return LlamaForCausalLM(config)
+
+
+NAMES = ("Tom", "Anna", "Ben", "Mia", "Leo", "Eva", "Max", "Zoe")
+THINGS = ("cups", "books", "pens")
+
+
+def orca_row(index: int) -> dict[str, str]:
+    """Return a row in OpenOrca's columns; rows differ in length, some have no system prompt."""
+    name, thing = NAMES[index % len(NAMES)], THINGS[index % len(THINGS)]
+    return {
+        "id": f"row.{index}",
+        "system_prompt": "Answer in one sentence." if index % 3 == 0 else "",
+        "question": f"{name} has {index} {thing}" + " and a hat" * (index % 4) + ". How many?",
+        "response": f"{name} has {index} {thing}." + " That is all." * (index % 2),
+    }
+
+
+def gsm8k_row(index: int) -> dict[str, str]:
+    """Return a row in GSM8K's columns."""
+    question = f"{NAMES[index % len(NAMES)]} buys {index} pens and 2 books. How many things?"
+    return {"question": question, "answer": f"{index} + 2 = {index + 2}\n#### {index + 2}"}
+
+
+def write_jsonl(path: Path, rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def orca_folder(tmp_path_factory) -> Path:
+    """A folder with 24 training rows and 7 held-out rows in OpenOrca's columns."""
+    folder = tmp_path_factory.mktemp("data") / "orca"
+    write_jsonl(folder / "train.jsonl", map(orca_row, range(24)))
+    write_jsonl(folder / "held_out.jsonl", map(orca_row, range(100, 107)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gsm8k_folder(tmp_path_factory) -> Path:
+    """A folder with 17 training rows and 5 test rows in GSM8K's columns."""
+    folder = tmp_path_factory.mktemp("data") / "gsm8k"
+    write_jsonl(folder / "train.jsonl", map(gsm8k_row, range(17)))
+    write_jsonl(folder / "test.jsonl", map(gsm8k_row, range(50, 55)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A random Llama with a byte-level tokenizer, saved; copy it before changing a file."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tokenizer = train_tokenizer()
+    tokenizer.save_pretrained(folder)
+    random_llama(len(tokenizer)).save_pretrained(folder)
+    return folder
+
+
+def train_tokenizer():
+    """Return a fast tokenizer with begin, end and padding tokens, whose decoding is exact."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>"]
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=301, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    text = [value for index in range(24) for value in orca_row(index).values()]
+    core.train_from_iterator(text, trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def random_llama(vocabulary: int, **changes):
+    """Return a random Llama with distinct sizes; its logits differ by far more than rounding."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+    }
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **special, **(sizes | changes)))
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """Return a factory of quiet Trainers on one CPU process, whose run folder is `tmp_path`."""
+    from lightning.pytorch import Trainer
+
+    def make(**options):
+        quiet = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "default_root_dir": tmp_path,
+        }
+        return Trainer(**(quiet | options))
+
+    return make
+
+
+@pytest.fixture
+def small_disk():
+    """Return a context in which no file can grow beyond a limit, as on a disk that is full."""
+
+    @contextmanager
+    def limited(max_bytes: int):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
