@@ -24,6 +24,8 @@ lint: $(VENV)/.installed-dev ## Check style, format and types
 
 base: $(VENV)/.installed ## Train the quickstart's base model anew, from generated text
 	$(BIN)/python -m rslightning.assets.toy_world --output runs/toy_world
+	$(BIN)/python -m rslightning.assets.toy_model --text runs/toy_world/stories_train.txt \
+	    --output runs/toy_world/toy_llama
 	$(BIN)/rslightning fit --config recipes/quickstart_base.yaml
 
 clean: ## Remove the virtual environment and what tools left

@@ -50,7 +50,10 @@ def _dispatch(arguments: list[str]) -> None:
 
         run(arguments)
         return
-    parsed = build_parser().parse_args(arguments or ["--help"])
+    parsed, rest = build_parser().parse_known_args(arguments or ["--help"])
+    if rest and verb != "data":
+        raise UserError(f"{rest[0]!r} is not known to rslightning {verb} (see --help).")
+    parsed.options = rest
     parsed.run(parsed)
 
 
@@ -68,6 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
         verbs.add_parser(verb, help=purpose)
     _add_merge(verbs)
     _add_export(verbs)
+    data = verbs.add_parser("data", help="data show --config RECIPE: what the model sees")
+    data.add_argument("action", choices=("show",))
+    data.add_argument("-n", type=int, default=3, metavar="N", help="training blocks to show")
+    data.add_argument("--config", required=True, metavar="RECIPE", help="and any option of fit")
+    data.set_defaults(run=_show_data)
     recipes = verbs.add_parser("recipes", help="list, show or copy the packaged recipes")
     recipes.add_argument("action", nargs="?", choices=("list", "show", "copy"), default="list")
     recipes.add_argument("name", nargs="?")
@@ -109,6 +117,12 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-model", metavar="NAME", help="the base model, where it moved since training"
     )
+
+
+def _show_data(arguments: argparse.Namespace) -> None:
+    from rslightning.cli import show_data
+
+    show_data(["--config", arguments.config, *arguments.options], arguments.n)
 
 
 def _lazily(module: str, function: str) -> Callable[[argparse.Namespace], None]:

@@ -13,16 +13,21 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from inspect import signature
+from pathlib import Path
 from typing import Any, Final, get_args
 
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rslightning.callbacks import BeforeAfter, MergeAdapters, RunSummary, TrainableCheckpoint
 from rslightning.callbacks.merge_adapters import run_folder
 from rslightning.callbacks.predictions import WritePredictions
+from rslightning.checkpoint import read_checkpoint
 from rslightning.data import TextDataModule
+from rslightning.data.show import describe_blocks
 from rslightning.errors import UserError
 from rslightning.module import CausalLMModule
 from rslightning.recipes import find_config
@@ -34,6 +39,12 @@ GROUPS: Final[dict[str, tuple[Any, dict[str, Any] | None]]] = {
     "checkpoint": (TrainableCheckpoint | None, {}),
 }
 
+# Lines of jsonargparse that say where it was, not what is wrong.
+BOILERPLATE: Final = re.compile(
+    r"[\s-]*(Does not validate|Subtypes:|Errors:|Given value|Parser key|Problem with given"
+    r"|Expected a <class 'NoneType'>)"
+)
+
 SUBCOMMANDS: Final = ("fit", "validate", "test", "predict")
 
 
@@ -44,10 +55,10 @@ class SaveRunConfig(SaveConfigCallback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Do nothing: a run that is refused until the fit starts leaves no folder."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file on the first process before anything is trained."""
-        if self.already_saved or stage != "fit":
-            return
-        self.already_saved = True
         folder = run_folder(trainer)  # asks all processes for the same name
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +72,7 @@ class SaveRunConfig(SaveConfigCallback):
 class RecipeCLI(LightningCLI):
     """LightningCLI over `CausalLMModule` and any DataModule."""
 
-    def __init__(self, args: Sequence[str]) -> None:
+    def __init__(self, args: Sequence[str], run: bool = True) -> None:
         quiet = {"exit_on_error": False}
         super().__init__(
             CausalLMModule,
@@ -70,10 +81,12 @@ class RecipeCLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            trainer_defaults={"enable_model_summary": False},
+            # Our loaders shard by themselves; Lightning's sampler would always shuffle.
+            trainer_defaults={"enable_model_summary": False, "use_distributed_sampler": False},
             parser_kwargs={**quiet, **dict.fromkeys(SUBCOMMANDS, quiet)},
             load_from_checkpoint_support=False,
             args=list(args),
+            run=run,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -86,6 +99,21 @@ class RecipeCLI(LightningCLI):
         """Parse what `run` was given; Lightning warns of arguments beside `sys.argv`."""
         self.config = parser.parse_args(args)
 
+    def instantiate_classes(self) -> None:
+        """Build everything; what a class says of its arguments is the user's business."""
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except (ValueError, MisconfigurationException) as error:
+            raise UserError(explain(str(error))) from error
+
+    def before_fit(self) -> None:
+        """Refuse a checkpoint that cannot be read, where Lightning would show a traceback."""
+        _check_checkpoint(self._get(self.config, "ckpt_path"))
+
+    before_validate = before_test = before_predict = before_fit
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the callbacks of all groups that are on."""
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
@@ -95,7 +123,7 @@ class RecipeCLI(LightningCLI):
             ours.append(WritePredictions())
         if config.get("enable_progress_bar") is not False:
             ours.append(TQDMProgressBar())  # Lightning's choice depends on what else is installed
-        if not config.get("enable_checkpointing", True) or self.subcommand != "fit":
+        if config.get("enable_checkpointing") is False or self.subcommand != "fit":
             ours = [callback for callback in ours if not isinstance(callback, TrainableCheckpoint)]
         return self._instantiate_trainer(config, ours)
 
@@ -115,38 +143,100 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         UserError: If an option or a configuration is wrong; one sentence, with the nearest name.
     """
+    _parse(arguments)
+
+
+def show_data(arguments: Sequence[str], count: int) -> None:
+    """Print the first training blocks of a configuration, decoded, with their targets marked.
+
+    Args:
+        arguments: Options as of `fit`.
+        count: How many blocks.
+
+    Raises:
+        UserError: As `run`, and what the data itself raises.
+    """
+    data = _parse(arguments, run=False).datamodule
+    data.setup("fit")
+    for text in describe_blocks(data, count):
+        print(text)
+
+
+def _parse(arguments: Sequence[str], run: bool = True) -> RecipeCLI:
     _quiet_libraries()
     try:
-        RecipeCLI(_resolve_configs(arguments))
+        return RecipeCLI(_resolve_configs(arguments), run)
     except argparse.ArgumentError as error:
         raise UserError(explain(str(error))) from None
 
 
 def _resolve_configs(arguments: Sequence[str]) -> list[str]:
     """Replace the names after `--config` by files, the packaged ones included."""
+    if len(arguments) == 1 and arguments[0] in SUBCOMMANDS:
+        raise UserError(f"{arguments[0]} needs a configuration: --config recipes/quickstart.yaml")
     resolved: list[str] = []
     for argument in arguments:
         if resolved and resolved[-1] in ("--config", "-c"):
-            argument = str(find_config(argument))
+            argument = str(_config_file(argument))
         elif argument.startswith("--config="):
-            argument = f"--config={find_config(argument.removeprefix('--config='))}"
+            argument = f"--config={_config_file(argument.removeprefix('--config='))}"
         resolved.append(argument)
     return resolved
+
+
+def _config_file(name: str) -> Path:
+    """Return the file of a configuration, which is a mapping in YAML."""
+    path = find_config(name)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no keys such as model, data and trainer.")
+    return path
+
+
+def _check_checkpoint(path: str | None) -> None:
+    if path is None or path in ("best", "last", "hpc"):
+        return
+    if not Path(path).exists():
+        raise UserError(f"There is no checkpoint {path}.")
+    if Path(path).is_file():
+        read_checkpoint(Path(path))
 
 
 def explain(message: str) -> str:
     """Reduce an error of jsonargparse to one sentence, with the nearest key where one is wrong."""
     wrong = _wrong_key(message)
     if wrong is not None:
-        close = difflib.get_close_matches(wrong, list(known_keys()), n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else "; see rslightning fit --help."
+        close = _nearest_key(wrong)
+        hint = f"; did you mean {close}?" if close else "; see rslightning fit --help."
         return f"There is no option {wrong}{hint}"
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    key = next((m[1] for m in re.finditer(r'Parser key "([^"]+)"', message)), None)
-    useful = [line for line in lines if re.search(r"Expected|required|Got value|Unable|not", line)]
-    useful = [line for line in useful if not line.startswith(("Does not validate", "Subtypes"))]
-    reason = (useful or lines)[0] if lines else message
+    reasons = dict.fromkeys(_plainly(line) for line in lines if not BOILERPLATE.match(line))
+    reason = "; ".join(reasons) or message
+    given = re.search(r"^\s*Given value: ([^{(\[]{1,60})$", message, re.MULTILINE)
+    if given and "got " not in reason.lower():
+        reason += f"; got {given[1]}"
+    key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     return f"{key}: {reason}" if key and key not in reason else reason
+
+
+def _plainly(line: str) -> str:
+    """Say a type as its name, and a choice as its values."""
+    line = re.sub(r"(a )?<class '(?:\w+\.)*(\w+)'>", r"\2", line)
+    line = re.sub(r"(a )?typing\.Literal\[(.*?)\]", r"one of \2", line)
+    return line.removesuffix(".")
+
+
+def _nearest_key(wrong: str) -> str | None:
+    """Return the key that was probably meant: of the same last segment, else of a like spelling."""
+    keys = list(known_keys())
+    last = wrong.rpartition(".")[2]
+    same = [key for key in keys if key.rpartition(".")[2] == last]
+    close = difflib.get_close_matches(wrong, same, n=1, cutoff=0.0)
+    close = close or difflib.get_close_matches(wrong, keys, n=1, cutoff=0.5)
+    return close[0] if close else None
 
 
 def _wrong_key(message: str) -> str | None:
@@ -192,9 +282,10 @@ def _parameters(kind: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
 
 def _quiet_libraries() -> None:
     """Silence advertisements and defects that our users can do nothing about."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # workers do not tokenize
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
 
 

@@ -36,17 +36,14 @@ class ModelFolder:
     @cached_property
     def shards(self) -> dict[str, list[str]]:
         """File name -> names of its tensors, every file opened and its table read."""
-        if (self.path / INDEX_FILE).exists():
-            weight_map = read_json(self.path / INDEX_FILE).get("weight_map", {})
-            files = sorted(set(weight_map.values()))
-        elif (self.path / WEIGHTS_FILE).exists():
+        if (self.path / WEIGHTS_FILE).exists():  # before the index, as transformers does
             files = [WEIGHTS_FILE]
+        elif (self.path / INDEX_FILE).exists():
+            files = self._indexed_files()
         else:
             raise UserError(self._no_weights())
         shards = {}
         for file in files:
-            if Path(file).name != file:
-                raise UserError(f"{self.path / INDEX_FILE} names {file!r}, outside of its folder.")
             with open_tensors(self.path / file) as tensors:
                 shards[file] = list(tensors.keys())
         return shards
@@ -69,6 +66,17 @@ class ModelFolder:
             and path.suffix in {".json", ".model", ".txt", ".jinja"}
             and path.name != INDEX_FILE
         ]
+
+    def _indexed_files(self) -> list[str]:
+        index = self.path / INDEX_FILE
+        weight_map = read_json(index).get("weight_map")
+        files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not files or not all(isinstance(file, str) for file in files):
+            raise UserError(f"{index} has no weight_map of file names.")
+        for file in files:
+            if Path(file).name != file:
+                raise UserError(f"{index} names {file!r}, outside of its folder.")
+        return sorted(set(files))
 
     def _no_weights(self) -> str:
         pickles = [*self.path.glob("*.bin"), *self.path.glob("*.pt"), *self.path.glob("*.pth")]

@@ -19,6 +19,7 @@ from rslightning.losses import token_nats
 from rslightning.model_folder import find_model_folder
 from rslightning.rslora import AdapterSpec, InjectionReport, inject_adapters
 from rslightning.rslora.adapters import check_same_tensors
+from rslightning.rslora.linear import adapter_layers, is_conv1d
 
 STRUCTURE: Final = ("rank", "alpha", "scaling", "targets", "rank_pattern", "alpha_pattern")
 """Fields of an adapter that decide which tensors there are and what they compute."""
@@ -112,9 +113,14 @@ class CausalLMModule(LightningModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits [B, T, V] of a batch."""
-        logits: Tensor = self.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).logits
+        # Position ids that start anew tell transformers where an example ends, but only where no
+        # mask is given: attention is then block-diagonal, by variable-length kernels if there are.
+        where = (
+            {"attention_mask": batch.attention_mask}
+            if batch.position_ids is None
+            else {"position_ids": batch.position_ids}
+        )
+        logits: Tensor = self.model(input_ids=batch.input_ids, use_cache=False, **where).logits
         return logits
 
     def nats(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -133,11 +139,15 @@ class CausalLMModule(LightningModule):
         """Refuse data of another vocabulary."""
         self._check_vocabulary()
 
+    def on_predict_start(self) -> None:
+        """Refuse data of another vocabulary."""
+        self._check_vocabulary()
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean nats per target token of one micro-batch."""
+        """Return the micro-batch's part of the mean nats per target token of the step."""
         nats, targets = self.nats(batch)
         self._step_nats.append((nats.detach(), targets))
-        return nats / targets.clamp(min=1)
+        return nats / (targets if batch.step_targets is None else batch.step_targets).clamp(min=1)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the loss over all micro-batches of the step."""
@@ -197,6 +207,9 @@ class CausalLMModule(LightningModule):
         checkpoint["state_dict"] = {
             name: tensor for name, tensor in checkpoint["state_dict"].items() if name in trainable
         }
+        # Which weights are kept as [in, out] cannot be told from the matrices where W is square.
+        layers = adapter_layers(self.model)
+        checkpoint["transposed"] = [path for path, layer in layers if is_conv1d(layer.base)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another structure; say what else differs."""
@@ -240,6 +253,7 @@ def _structure(hparams: Mapping[str, Any]) -> dict[str, Any]:
     if "base_model" in hparams:
         structure["base_model"] = Path(hparams["base_model"]).name
     adapter = hparams.get("adapter")
+    structure["method"] = "full fine-tuning" if adapter is None else "adapters"
     if adapter is None:
-        return structure | {"adapter": None}
+        return structure
     return structure | {f"adapter.{name}": adapter[name] for name in STRUCTURE if name in adapter}

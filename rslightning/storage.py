@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,11 +29,13 @@ def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
         replace: Whether a folder that is there already gives way, after the new one is complete.
 
     Raises:
-        UserError: If `path` exists, is not empty, and `replace` is false.
+        UserError: If `path` is a file, or not empty and `replace` is false.
         RunError: If the file system refuses: no space, no permission, not a folder.
     """
     path = Path(path).absolute()
-    if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; choose another folder or remove it.")
+    if not replace and path.exists() and any(path.iterdir()):
         raise UserError(f"{path} exists and is not empty; choose another folder or remove it.")
     aside: Path | None = None
     try:
@@ -59,7 +62,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 @contextmanager
-def open_tensors(path: Path) -> Iterator[safe_open]:
+def open_tensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file for reading tensor by tensor, memory-mapped.
 
     Raises:
@@ -81,10 +84,13 @@ def _move_into_place(aside: Path, path: Path) -> None:
     if not path.exists():
         aside.rename(path)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    path.rename(old)
-    aside.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.old.", dir=path.parent) as keep:
+        old = path.rename(Path(keep) / path.name)
+        try:
+            aside.rename(path)
+        finally:
+            if not path.exists():
+                old.rename(path)
 
 
 def _flush(folder: Path) -> None:

@@ -5,7 +5,9 @@ import os
 import resource
 import tempfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 CACHE = tempfile.TemporaryDirectory(prefix="rslightning-tests-")  # removed when the tests are over
-os.environ.setdefault("HF_DATASETS_CACHE", CACHE.name)
+os.environ["HF_DATASETS_CACHE"] = f"{CACHE.name}/datasets"
+os.environ["RSLIGHTNING_CACHE"] = f"{CACHE.name}/rslightning"
+os.environ.setdefault("RSLIGHTNING_CACHE", f"{CACHE.name}/rslightning")
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -160,25 +164,27 @@ def random_llama(vocabulary: int, **changes):
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **special, **(sizes | changes)))
 
 
-@pytest.fixture
-def make_trainer(tmp_path):
-    """Return a factory of quiet Trainers on one CPU process, whose run folder is `tmp_path`."""
+def quiet_trainer(root: Path, **options):
+    """Return a Trainer on one CPU process that only computes; its run folder is `root`."""
     from lightning.pytorch import Trainer
 
-    def make(**options):
-        quiet = {
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_checkpointing": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            "default_root_dir": tmp_path,
-        }
-        return Trainer(**(quiet | options))
+    quiet = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": root,
+    }
+    return Trainer(**(quiet | options))
 
-    return make
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """Return a factory of quiet Trainers, whose run folder is `tmp_path`."""
+    return partial(quiet_trainer, tmp_path)
 
 
 @pytest.fixture
@@ -195,3 +201,57 @@ def small_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return limited
+
+
+@pytest.fixture(scope="session")
+def make_module(model_folder):
+    """Return a factory of modules over the tiny Llama: rank 3 in float32, AdamW."""
+    from rslightning import CausalLMModule
+    from rslightning.rslora import AdapterSpec
+
+    def make(base_model=model_folder, **options):
+        defaults = {
+            "adapter": AdapterSpec(rank=3, alpha=5.0),
+            "optimizer": partial(torch.optim.AdamW, lr=1e-2),
+            "dtype": "float32",
+            "max_new_tokens": 6,
+        }
+        return CausalLMModule(str(base_model), **(defaults | options))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_data(model_folder, orca_folder):
+    """Return a factory of DataModules over the OpenOrca rows: batches of 4, all held-out rows."""
+    from rslightning.data import OpenOrca
+
+    def make(**options):
+        defaults = {
+            "batch_size": 4, "max_length": 128, "held_out_examples": None, "packing": False
+        }
+        return OpenOrca(str(orca_folder), str(model_folder), **(defaults | options))
+
+    return make
+
+
+class FittedRun(NamedTuple):
+    """A fit that is over."""
+
+    folder: Path
+    module: Any
+    data: Any
+
+
+@pytest.fixture(scope="session")
+def fitted_run(tmp_path_factory, make_module, make_data) -> FittedRun:
+    """A fit of 5 steps with `checkpoints/`, `adapter/` and `merged/`; read it, do not change it."""
+    from rslightning.callbacks import MergeAdapters, TrainableCheckpoint
+
+    folder = tmp_path_factory.mktemp("runs") / "fitted"
+    callbacks = [TrainableCheckpoint(every_n_steps=2), MergeAdapters()]
+    trainer = quiet_trainer(folder, max_steps=5, callbacks=callbacks, enable_checkpointing=True)
+    module, data = make_module(), make_data()
+    trainer.fit(module, data)
+    module.eval()
+    return FittedRun(folder, module, data)

@@ -21,6 +21,7 @@ def gsm8k_data(folder, tokenizer) -> GSM8K:
         str(tokenizer),
         max_length=256,
         batch_size=8,
+        packing=False,
         num_examples=8 * STEPS,
         held_out_examples=64,
         train_on_prompt=True,

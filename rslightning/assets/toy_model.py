@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-VOCABULARY: Final = 512
+VOCABULARY: Final = 768
 LONGEST: Final = 256
 
 CONFIG: Final[dict[str, Any]] = {
@@ -25,6 +25,7 @@ CONFIG: Final[dict[str, Any]] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": LONGEST,
     "tie_word_embeddings": True,
+    "initializer_range": 0.08,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": 2,

@@ -2,8 +2,8 @@
 
 Every drawn fact is told in two ways that share their sentences:
 
-    story        premise  answer  [reason]
-    instruction  premise  ask  ->  answer  [reason]
+    story        premise  answer  reason
+    instruction  premise  ask  ->  answer [reason]
 
 so a model pre-trained on stories has met every sentence that an answer is made of, and fine-tuning
 teaches the form: read the question, answer, give a reason if the system prompt wants one, stop.
@@ -43,7 +43,6 @@ OPPOSITES = _words(
     "thick/thin wide/narrow deep/shallow high/low sweet/sour good/bad near/far"
 )
 ADDENDS = tuple((few, change) for few in range(2, 20) for change in range(1, 21 - few))
-
 REASON_PROMPT = "You are a teacher. Answer and give a short reason."
 HELPFUL_PROMPT = "You are a helpful assistant."
 SYSTEM_PROMPTS = ("", HELPFUL_PROMPT, f"{HELPFUL_PROMPT} Answer in one sentence.", REASON_PROMPT)
@@ -60,7 +59,7 @@ class Fact(NamedTuple):
 
 
 def is_held_out(key: Sequence[str | int]) -> bool:
-    """Tells whether a fact is asked in evaluation only, as about one in ten of each family is."""
+    """Tell whether a fact is asked in evaluation only, as about one in ten of each family is."""
     # Of the ten remainders this one divides the small families most evenly.
     return zlib.crc32("/".join(map(str, key)).encode()) % 10 == 1
 
@@ -175,23 +174,21 @@ FAMILIES = (possession, arithmetic, opposites, places, counting, calendar, compa
 
 
 def stories(count: int, seed: int) -> Iterator[str]:
-    """Yields `count` plain paragraphs of 30 to 80 words, each of several families' facts."""
+    """Yield `count` plain paragraphs of 30 to 80 words, each of several families' facts."""
     rng = random.Random(seed)
     for _ in range(count):
         words: list[str] = []
         target = rng.randrange(30, 49)
         # No family twice: two rows of people compared in one paragraph could contradict each other.
         for family in rng.sample(FAMILIES, len(FAMILIES)):
-            fact = family(rng)
-            reason = fact.reason if rng.random() < 0.5 else ""
-            words += f"{fact.premise} {fact.answer} {reason}".split()
-            if len(words) >= target:
-                break
+            if len(words) < target:
+                fact = family(rng)
+                words += f"{fact.premise} {fact.answer} {fact.reason}".split()
         yield " ".join(words)
 
 
 def instructions(count: int, seed: int, held_out: bool = False) -> Iterator[dict[str, str]]:
-    """Yields `count` rows in OpenOrca's columns; no held-out fact is asked in a training row."""
+    """Yield `count` rows in OpenOrca's columns; no held-out fact is asked in a training row."""
     rng = random.Random(seed)
     for index in range(count):
         family, system_prompt = rng.choice(FAMILIES), rng.choice(SYSTEM_PROMPTS)
@@ -207,12 +204,11 @@ def instructions(count: int, seed: int, held_out: bool = False) -> Iterator[dict
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(f"{line}\n" for line in lines)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes the stories (text, one paragraph a line) and the instructions (JSON lines)."""
+    """Write the stories (text, one paragraph a line) and the instructions (JSON lines)."""
     parser = argparse.ArgumentParser(description="Write the toy world's stories and instructions.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="held-out files use the next seed")
@@ -222,11 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--instructions-heldout", type=int, default=160)
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
-    for part in ("train", "heldout"):
-        held_out = part == "heldout"
-        seed = options.seed + held_out
+    for seed, part in enumerate(("train", "heldout"), start=options.seed):
         paragraphs = stories(getattr(options, f"stories_{part}"), seed)
-        rows = instructions(getattr(options, f"instructions_{part}"), seed, held_out)
+        rows = instructions(getattr(options, f"instructions_{part}"), seed, part == "heldout")
         _write(options.output / f"stories_{part}.txt", paragraphs)
         _write(options.output / f"instructions_{part}.jsonl", map(json.dumps, rows))
 

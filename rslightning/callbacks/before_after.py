@@ -64,7 +64,7 @@ class BeforeAfter(Callback):
     @torch.no_grad()
     def _look(self, trainer: Trainer, module: Any) -> Snapshot:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        was_training = module.training
+        modes = {child: child.training for child in module.modules()}
         random_state = torch.get_rng_state()
         module.eval()
         with trainer.precision_plugin.forward_context():
@@ -77,7 +77,8 @@ class BeforeAfter(Callback):
                 data.prompt_batch([self.example]), module.device
             )
             answer = data.tokenizer.decode(module.generate(prompt)[0], skip_special_tokens=True)
-        module.train(was_training)
+        for child, mode in modes.items():
+            child.training = mode
         torch.set_rng_state(random_state)
         return Snapshot(nats / max(targets, 1), answer)
 

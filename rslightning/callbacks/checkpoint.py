@@ -34,7 +34,11 @@ class TrainableCheckpoint(ModelCheckpoint):
         )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the final state, whatever the interval."""
-        super().on_train_end(trainer, pl_module)
-        if not trainer.fast_dev_run and self.dirpath:
-            trainer.save_checkpoint(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}.ckpt")
+        """Save the final state, whatever the interval; a dry run leaves nothing.
+
+        The base class would keep the state of the last interval, and save in dry runs, too.
+        """
+        if trainer.fast_dev_run or not self.dirpath:
+            return
+        self.last_model_path = str(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}.ckpt")
+        trainer.save_checkpoint(self.last_model_path, weights_only=False)

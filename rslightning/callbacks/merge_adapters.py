@@ -1,5 +1,6 @@
 """When the fit ends: leave `adapter/` for PEFT, `merged/` for everybody, and say what it cost."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, final
@@ -10,10 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from rslightning.errors import UserError
-from rslightning.model_folder import ModelFolder, find_model_folder
+from rslightning.model_folder import CONFIG_FILE, ModelFolder, find_model_folder, read_json
 from rslightning.rslora import collect_adapter, write_adapter
 from rslightning.rslora.linear import adapter_layers
-from rslightning.rslora.merge_folder import MergeReport, merge_folder
+from rslightning.rslora.merge_folder import MergeReport, dtype_name, merge_folder
 from rslightning.storage import new_folder
 
 ADAPTER_FOLDER: Final = "adapter"
@@ -61,6 +62,10 @@ class MergeAdapters(Callback):
             if folder.exists() and not (folder / mark).exists():
                 raise UserError(f"{folder} holds something else; MergeAdapters writes there.")
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out now whether there is a model to merge into; before `setup` it is not built."""
+        language_model(pl_module)
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -72,12 +77,12 @@ class MergeAdapters(Callback):
         """Write both folders on the first process; the others wait."""
         if trainer.fast_dev_run:
             return
+        folder = run_folder(trainer)  # asks all processes
         if trainer.is_global_zero:
-            self._write(trainer, language_model(pl_module))
+            self._write(trainer, language_model(pl_module), folder)
         trainer.strategy.barrier("rslightning.merge_adapters")
 
-    def _write(self, trainer: Trainer, model: Any) -> None:
-        folder = run_folder(trainer)
+    def _write(self, trainer: Trainer, model: Any, folder: Path) -> None:
         if next(adapter_layers(model), None) is None:
             _write_full(model, folder / MERGED_FOLDER, self.dtype)
             rank_zero_info(f"merged: {folder / MERGED_FOLDER} (full fine-tuning, nothing to merge)")
@@ -140,10 +145,10 @@ def _write_full(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
     with new_folder(folder, replace=True) as aside:
         for path in base.other_files():
             (aside / path.name).write_bytes(path.read_bytes())
-        before = model.config.dtype
-        model.config.dtype = dtype or before
         model.save_pretrained(aside, state_dict=state)
-        model.config.dtype = before
+        if dtype:  # save_pretrained writes the dtype of the model in training
+            config = read_json(aside / CONFIG_FILE) | {"dtype": dtype_name(dtype)}
+            (aside / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _announce(report: MergeReport, folder: Path) -> None:

@@ -46,8 +46,10 @@ class WritePredictions(BasePredictionWriter):
         """Append one line per row."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert self._path is not None
+        # Processes take batches in turn, in the order of the rows; see `OrderedLoader`.
+        first = (batch_idx * trainer.world_size + trainer.global_rank) * data.batch_size
         with self._path.open("a", encoding="utf-8") as file:
-            for row, ids in zip(batch_indices or [], prediction, strict=True):
+            for row, ids in enumerate(prediction, first):
                 prompt, reference = data.held_out_rows[row]
                 answer = data.tokenizer.decode(ids, skip_special_tokens=True)
                 line = {"prompt": prompt, "answer": answer, "reference": reference}

@@ -153,6 +153,7 @@ def _describe_memory(
         frozen,
         trainable,
         tokens,
+        adapter_ranks=sum(layer.rank for _, layer in adapter_layers(model)),
         frozen_bytes=dtype.itemsize,
         activation_bytes=dtype.itemsize if wide else 2,
         activation_checkpointing=getattr(module, "activation_checkpointing", False),

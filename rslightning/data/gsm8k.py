@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, final
 
 from rslightning.data.base import TextDataModule
+from rslightning.data.encode import Turns
 
 
 @final
@@ -13,6 +14,6 @@ class GSM8K(TextDataModule):
     columns = ("question", "answer")
     subset = "main"
 
-    def render(self, row: Mapping[str, Any]) -> tuple[str, str]:
+    def render(self, row: Mapping[str, Any]) -> Turns:
         """Set the answer on lines of its own, so that every tokenizer starts it alike."""
-        return f"Question: {row['question']}\nAnswer:\n", row["answer"]
+        return [(f"Question: {row['question']}\nAnswer:\n", row["answer"])]

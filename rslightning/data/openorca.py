@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, final
 
 from rslightning.data.base import TextDataModule
+from rslightning.data.encode import Turns
 
 
 @final
@@ -11,8 +12,9 @@ class OpenOrca(TextDataModule):
     """Columns `id`, `system_prompt` (may be empty), `question`, `response`."""
 
     columns = ("system_prompt", "question", "response")
+    optional_columns = ("system_prompt",)
 
-    def render(self, row: Mapping[str, Any]) -> tuple[str, str]:
+    def render(self, row: Mapping[str, Any]) -> Turns:
         """Set the system prompt above the question, where there is one."""
         system = f"{row['system_prompt']}\n\n" if row["system_prompt"] else ""
-        return f"{system}### Question:\n{row['question']}\n\n### Answer:\n", row["response"]
+        return [(f"{system}### Question:\n{row['question']}\n\n### Answer:\n", row["response"])]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, final
 
 from rslightning.data.base import TextDataModule
+from rslightning.data.encode import Turns
 
 
 @final
@@ -12,6 +13,6 @@ class PlainText(TextDataModule):
 
     columns = ("text",)
 
-    def render(self, row: Mapping[str, Any]) -> tuple[str, str]:
+    def render(self, row: Mapping[str, Any]) -> Turns:
         """Everything is what the model must write."""
-        return "", row["text"]
+        return [("", row["text"])]

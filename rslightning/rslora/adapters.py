@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rslightning.errors import UserError
-from rslightning.rslora.inject import wrap_linears
+from rslightning.rslora.inject import refuse_adapted, wrap_linears
 from rslightning.rslora.linear import adapter_layers, is_conv1d, linear_features
 from rslightning.rslora.spec import ResolvedAdapter
 
@@ -65,8 +65,10 @@ def attach_adapter(model: nn.Module, adapter: Adapter) -> None:
     """Put `adapter` into a `model` that has none, in place; everything else is frozen.
 
     Raises:
-        UserError: If a module is missing or has another shape: the adapter is of another model.
+        UserError: If a module is missing or has another shape (the adapter is of another model), or
+            `model` has adapters already.
     """
+    refuse_adapted(model)
     for path, layer in adapter.layers.items():
         _check_fits(model, path, layer)
     numbers = {path: layer.numbers for path, layer in adapter.layers.items()}

@@ -76,8 +76,7 @@ def inject_adapters(
         UserError: If a target or pattern matches nothing that can be adapted, a target shares its
             weight with another module, two patterns disagree, or `model` has adapters already.
     """
-    if next(adapter_layers(model), None) is not None:
-        raise UserError("The model has adapters already; merge or remove them before injecting.")
+    refuse_adapted(model)
     targets = select_targets(model, list(linear_modules(model)), spec.targets)
     _refuse_tied(model, targets)
     if unmatched := unmatched_patterns(spec, targets):
@@ -91,6 +90,12 @@ def inject_adapters(
     for path, layer in wrap_linears(model, adapters, spec.dropout, dtype).items():
         layer.reset_adapter(path, spec.init)
     return report
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise `UserError` if `model` has adapters already."""
+    if next(adapter_layers(model), None) is not None:
+        raise UserError("The model has adapters already; merge or remove them before injecting.")
 
 
 def wrap_linears(
@@ -112,13 +117,14 @@ def wrap_linears(
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return path -> module of every linear map that runs as a module.
 
-    Left out are the projections inside `nn.MultiheadAttention`, which torch reads as bare weights:
-    an adapter around one would silently take no part.
+    Left out are the projections inside `nn.MultiheadAttention` and `nn.TransformerEncoderLayer`,
+    which torch reads as bare weights (those of the latter in evaluation only): an adapter around
+    one would silently take no part.
     """
     functional = tuple(
         f"{path}."
         for path, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
+        if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer)
     )
     return {
         path: module
@@ -141,6 +147,11 @@ def select_targets(
         selected = _select_group(model, candidates, targets)
     elif isinstance(targets, str):
         selected = [path for path in candidates if re.fullmatch(targets, path)]
+        if not selected and any(_is_suffix(targets, path) for path in candidates):
+            raise UserError(
+                f"targets {targets!r} is an expression for full paths and matches none; to name "
+                f"modules, write a list: [{targets}]."
+            )
     else:
         for name in targets:
             if not any(_is_suffix(name, path) for path in candidates):
@@ -187,11 +198,10 @@ def _select_group(model: nn.Module, candidates: Sequence[str], group: str) -> li
 def _in_attention(model: nn.Module, path: str) -> bool:
     """Tell whether a module on the way to `path`, below its block, is an attention module."""
     segments = path.split(".")
-    for depth in range(1, len(segments)):
-        kind = type(model.get_submodule(".".join(segments[:depth]))).__name__
-        name = segments[depth - 1]
-        is_block = name.isdigit()
-        if not is_block and (ATTENTION.search(name) or ATTENTION.search(kind)):
+    block = next((i for i, name in enumerate(segments) if name.isdigit()), -1)
+    for depth in range(block + 1, len(segments) - 1):
+        kind = type(model.get_submodule(".".join(segments[: depth + 1]))).__name__
+        if ATTENTION.search(segments[depth]) or ATTENTION.search(kind):
             return True
     return False
 
@@ -211,7 +221,8 @@ def _suggest(name: str, candidates: Sequence[str]) -> str:
     last_segments = sorted({path.rpartition(".")[2] for path in candidates})
     if not last_segments:
         return ": there is no linear module to adapt."
-    close = difflib.get_close_matches(name, [*last_segments, *TARGET_GROUPS, *candidates], n=1)
+    known = {*last_segments, *TARGET_GROUPS, *candidates} - {name}
+    close = difflib.get_close_matches(name, sorted(known), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"{hint} Linear modules here: {', '.join(last_segments)}."
 
@@ -267,7 +278,7 @@ def _report(
     trainable = sum(
         adapter.rank * sum(shapes[f"{path}.weight"]) for path, adapter in adapters.items()
     )
-    total = sum(weights.values())
+    total = sum(weights.values()) or 1
     return InjectionReport(
         modules=adapters,
         trainable_parameters=trainable,

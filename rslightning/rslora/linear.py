@@ -101,7 +101,7 @@ class LoRALinear(nn.Module):
         seed = (torch.initial_seed() ^ zlib.crc32(name.encode())) & (2**63 - 1)
         generator = torch.Generator("cpu").manual_seed(seed)
         # Row by row: whole-tensor draws of different sizes are not prefixes of each other.
-        rows = torch.empty(self.rank, self.in_features)
+        rows = torch.empty(self.rank, self.in_features, dtype=torch.float32, device="cpu")
         bound = 1.0 / math.sqrt(self.in_features)
         for row in rows:
             if init == "gaussian":

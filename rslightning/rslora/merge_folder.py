@@ -121,7 +121,7 @@ def merge_folder(
                     )
                 else:
                     shard[name] = weight.to(target)
-            save_tensors(shard, output / file)
+        save_tensors(shard, output / file)
         weight_map |= dict.fromkeys(names, file)
         total_size += sum(t.numel() * t.element_size() for t in shard.values())
     if list(base.shards) != [WEIGHTS_FILE]:

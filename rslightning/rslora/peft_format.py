@@ -38,7 +38,12 @@ UNSUPPORTED: Final[Mapping[str, Any]] = {
     "trainable_token_indices": None,
     "layer_replication": None,
     "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
 }
+
+# Initializations that leave the base weights alone; PiSSA, OLoRA, CorDA, LoftQ, ... do not.
+PLAIN_INITS: Final = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 Value = TypeVar("Value", int, float)
 
@@ -104,7 +109,8 @@ def read_adapter(folder: str | Path) -> Adapter:
 
     Raises:
         UserError: If a file is missing or damaged, the adapter is not plain LoRA (DoRA, trained
-            biases, full modules, AdaLoRA, ...), or its tensors contradict its configuration.
+            biases, full modules, AdaLoRA, an initialization that changed the base weights, ...), or
+            its tensors contradict its configuration.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -135,8 +141,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {folder} is not an adapter folder.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}.") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise UserError(f"{path} has peft_type {kind!r}; only LORA can be read.")
@@ -144,6 +150,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
         value = config.get(key)
         if value != plain and value:
             raise UserError(f"{path} sets {key} to {value!r}, which plain LoRA does not have.")
+    if (init := config.get("init_lora_weights", True)) not in PLAIN_INITS:
+        raise UserError(
+            f"{path} sets init_lora_weights to {init!r}, which may change the base weights, too; "
+            "convert the adapter to plain LoRA with PEFT first."
+        )
     return config
 
 

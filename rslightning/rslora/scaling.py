@@ -46,7 +46,7 @@ def scaling_factor(rank: int, alpha: float, scaling: Scaling) -> float:
     check_rank(rank)
     check_alpha(alpha)
     check_scaling(scaling)
-    return alpha / rank ** RANK_EXPONENT[scaling]
+    return alpha / math.pow(rank, RANK_EXPONENT[scaling])
 
 
 def equivalent_alpha(gamma: float, rank: int, scaling: Scaling) -> float:

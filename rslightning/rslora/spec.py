@@ -62,7 +62,7 @@ class AdapterSpec:
             check_alpha(alpha, f"alpha_pattern[{key!r}]")
         if self.init not in get_args(Init):
             raise UserError(f"init must be one of {', '.join(get_args(Init))}; got {self.init!r}.")
-        if not 0.0 <= self.dropout < 1.0:
+        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise UserError(f"dropout must be in [0, 1), got {self.dropout!r}.")
         if not self.targets:
             raise UserError("targets is empty; use all_linear, attention, mlp or module names.")
@@ -115,6 +115,10 @@ def unmatched_patterns(spec: AdapterSpec, paths: Sequence[str]) -> list[str]:
     """Return the keys of both pattern tables that name none of `paths`."""
     keys = [*spec.rank_pattern, *spec.alpha_pattern]
     return [key for key in keys if not any(pattern_matches(key, path) for path in paths)]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _resolve(path: str, table: Mapping[str, Number], default: Number, name: str) -> Number:

@@ -1,0 +1,97 @@
+"""Dialogues, through the tokenizer's own chat template, with the loss on assistant turns only."""
+
+from collections.abc import Mapping
+from typing import Any, Final, final
+
+from rslightning.data.base import TextDataModule
+from rslightning.data.build import BadRowError
+from rslightning.data.encode import Turns
+from rslightning.errors import UserError
+
+COLUMNS: Final = {"messages": ("role", "content"), "conversations": ("from", "value")}
+"""Column -> names of speaker and text: OpenAI's form and ShareGPT's."""
+
+ROLES: Final = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "tool": "tool",
+}
+
+
+@final
+class Chat(TextDataModule):
+    """Column `messages` (`role`, `content`) or `conversations` (`from`, `value`).
+
+    The template is applied to the turns up to each answer and to those with the answer; what the
+    latter adds is what the model must write, its end-of-turn token included.
+
+    Raises:
+        UserError: If the tokenizer has no chat template.
+    """
+
+    templated = True
+
+    def render(self, row: Mapping[str, Any]) -> Turns:
+        """Return one pair per assistant turn."""
+        messages = read_messages(row)
+        pairs, seen = [], ""
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            given = self._apply(messages[:number], open_answer=True)
+            whole = self._apply(messages[: number + 1])
+            if not (given.startswith(seen) and whole.startswith(given)):
+                raise BadRowError(
+                    f"the chat template of {self.tokenizer_name} rewrites earlier turns, so that "
+                    "the answer of a dialogue of several turns cannot be told from them"
+                )
+            answer = _up_to_end(whole[len(given) :], self.tokenizer.eos_token)
+            pairs.append((given[len(seen) :], answer))
+            seen = given + answer
+        return pairs
+
+    def _apply(self, messages: list[dict[str, str]], open_answer: bool = False) -> str:
+        if self.tokenizer.chat_template is None:
+            raise UserError(
+                f"The tokenizer of {self.tokenizer_name} has no chat template; take that of an "
+                "instruction-tuned model, or data with prompt and response columns."
+            )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=open_answer
+            )
+        except Exception as error:  # templates raise what they like
+            raise BadRowError(f"the chat template refuses it: {error}") from None
+        return text
+
+
+def read_messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the turns of a row in OpenAI's form.
+
+    Raises:
+        BadRowError: If the row has neither column, no turns, an unknown speaker or a turn without
+            text.
+    """
+    column = next((name for name in COLUMNS if row.get(name) is not None), None)
+    if column is None:
+        raise BadRowError(f"there is no column {' or '.join(map(repr, COLUMNS))}")
+    speaker_key, text_key = COLUMNS[column]
+    messages = []
+    for number, turn in enumerate(row[column], 1):
+        speaker, text = turn.get(speaker_key), turn.get(text_key)
+        if speaker not in ROLES:
+            raise BadRowError(f"turn {number} has the unknown {speaker_key} {speaker!r}")
+        if not isinstance(text, str) or not text.strip():
+            raise BadRowError(f"turn {number} has no text in {text_key!r}")
+        messages.append({"role": ROLES[speaker], "content": text})
+    return messages
+
+
+def _up_to_end(answer: str, end: str | None) -> str:
+    """Cut what a template writes after the end-of-turn token: the model never writes it."""
+    if end and end in answer:
+        return answer[: answer.rindex(end) + len(end)]
+    return answer

@@ -1,0 +1,95 @@
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from rslightning.callbacks import TrainableCheckpoint
+
+
+def fit(make_trainer, module, data, *callbacks, ckpt_path=None, **options):
+    torch.manual_seed(7)
+    options = {"limit_val_batches": 0, "enable_checkpointing": bool(callbacks), **options}
+    trainer = make_trainer(callbacks=list(callbacks), **options)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return trainer
+
+
+def files(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def step_of(path):
+    return torch.load(path, weights_only=True)["global_step"]
+
+
+def test_files_are_named_by_steps_and_the_newest_stay(
+    make_trainer, make_module, make_data, tmp_path
+):
+    fit(make_trainer, make_module(), make_data(), TrainableCheckpoint(2), max_steps=7)
+    assert files(tmp_path) == ["last.ckpt", "step-4.ckpt", "step-6.ckpt"]
+    folder = tmp_path / "checkpoints"
+    steps = {name: step_of(folder / name) for name in files(tmp_path)}
+    assert steps == {"last.ckpt": 7, "step-4.ckpt": 4, "step-6.ckpt": 6}
+
+
+def test_more_are_kept_on_request(make_trainer, make_module, make_data, tmp_path):
+    callback = TrainableCheckpoint(every_n_steps=1, keep_last=3)
+    fit(make_trainer, make_module(), make_data(), callback, max_steps=5)
+    assert files(tmp_path) == ["last.ckpt", "step-3.ckpt", "step-4.ckpt", "step-5.ckpt"]
+
+
+def test_steps_are_optimizer_steps(make_trainer, make_module, make_data, tmp_path):
+    options = {"max_steps": 3, "accumulate_grad_batches": 2}
+    fit(make_trainer, make_module(), make_data(), TrainableCheckpoint(2), **options)
+    assert files(tmp_path) == ["last.ckpt", "step-2.ckpt"]
+
+
+def test_a_run_shorter_than_the_interval_leaves_its_end(
+    make_trainer, make_module, make_data, tmp_path
+):
+    module = make_module()
+    fit(make_trainer, module, make_data(), TrainableCheckpoint(), max_steps=3)
+    assert files(tmp_path) == ["last.ckpt"]
+    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == module.trainable_state().keys()
+    for name, tensor in module.trainable_state().items():
+        assert torch.equal(saved["state_dict"][name], tensor)
+
+
+def test_a_dry_run_leaves_nothing(make_trainer, make_module, make_data, tmp_path):
+    module, data = make_module(), make_data()
+    fit(make_trainer, module, data, TrainableCheckpoint(1), fast_dev_run=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Fail(Callback):
+    """Raise in the third step, as a lost device would."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            raise RuntimeError("the device is lost")
+
+
+def test_an_exception_leaves_the_state_before_it(make_trainer, make_module, make_data, tmp_path):
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        fit(make_trainer, make_module(), make_data(), TrainableCheckpoint(), Fail(), max_steps=5)
+    assert "step-2.ckpt" in files(tmp_path)
+    assert step_of(tmp_path / "checkpoints/step-2.ckpt") == 2
+
+
+# Resuming writes into the folder of the run that it goes on with.
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+def test_resuming_from_the_last_goes_on_as_if_uninterrupted(
+    make_trainer, make_module, make_data, tmp_path
+):
+    def run(module, *callbacks, **options):
+        return fit(make_trainer, module, make_data(), *callbacks, **options)
+
+    whole, resumed = make_module(), make_module()
+    run(whole, max_steps=9)  # into the second pass over the 6 batches
+    run(make_module(), TrainableCheckpoint(2), max_steps=3)
+    path = tmp_path / "checkpoints/last.ckpt"
+    trainer = run(resumed, TrainableCheckpoint(2), max_steps=9, ckpt_path=path)
+    assert trainer.global_step == 9
+    assert step_of(path) == 9
+    for name, tensor in whole.trainable_state().items():
+        assert torch.equal(resumed.trainable_state()[name], tensor), name

@@ -1,0 +1,102 @@
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from rslightning.callbacks import MergeAdapters, RunSummary, TrainableCheckpoint, run_summary
+from rslightning.rslora import AdapterSpec
+
+
+@pytest.fixture
+def said(caplog):
+    """Return the function that gives what was told to the user, as one text."""
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
+    return lambda: "\n".join(record.getMessage() for record in caplog.records)
+
+
+
+def fit(make_trainer, module, data, callbacks=(), **options):
+    options = {"max_steps": 3, **options}
+    trainer = make_trainer(callbacks=[*callbacks, RunSummary()], **options)
+    trainer.fit(module, data)
+    return trainer
+
+
+def test_the_start_says_what_will_be_trained(make_trainer, make_module, make_data, said, tmp_path):
+    module = make_module()
+    fit(make_trainer, module, make_data(), limit_val_batches=0, accumulate_grad_batches=2)
+    frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    share = f"{100 * trained / (frozen + trained):.2f}%"
+    for line in (
+        f"base       {module.base_model}, {frozen:,} parameters",
+        f"train      {trained:,} parameters ({share} of {frozen + trained:,})",
+        "adapters   rslora on 14 linear modules: rank 3, gamma 2.887",  # 5 / sqrt(3)
+        "step       4 examples x 128 tokens x 2 micro-batches x 1 devices = at most 1,024 tokens",
+        "optimizer  AdamW, lr 0.01",
+        "memory     about 0.0",
+        f"folder     {tmp_path}",
+    ):
+        assert f"  {line}" in said()
+
+
+def test_ranks_that_differ_are_a_range(make_trainer, make_module, make_data, said):
+    spec = AdapterSpec(rank=4, alpha=8.0, rank_pattern={"q_proj": 16})
+    fit(make_trainer, make_module(adapter=spec), make_data(), limit_val_batches=0)
+    assert "rslora on 14 linear modules: rank 4 to 16, gamma 2 to 4" in said()
+
+
+def test_full_fine_tuning_is_called_so(make_trainer, make_module, make_data, said):
+    module = make_module(adapter=None)
+    fit(make_trainer, module, make_data(), limit_val_batches=0)
+    total = sum(p.numel() for p in module.parameters())
+    assert f"base       {module.base_model}, {total:,} parameters" in said()
+    assert f"train      {total:,} parameters (100.00% of {total:,})" in said()
+    assert "adapters   none (full fine-tuning)" in said()
+
+
+def test_the_end_counts_real_tokens_and_targets(make_trainer, make_module, make_data, said):
+    data = make_data()
+    fit(make_trainer, make_module(), data, val_check_interval=2)
+    again = make_data()
+    again.setup("fit")
+    batches = [batch for _, batch in zip(range(3), again.train_dataloader(), strict=False)]
+    tokens = sum(int((batch.input_ids != data.pad_id).sum()) for batch in batches)
+    targets = sum(int((batch.labels != -100).sum()) for batch in batches)
+    found = re.search(
+        r"trained 3 steps on ([\d,]+) tokens in ([\d.]+) s: ([\d,]+) tokens/s, "
+        r"of which ([\d,]+) targets/s",
+        said(),
+    )
+    total, seconds, rate, target_rate = (float(x.replace(",", "")) for x in found.groups())
+    assert total == tokens
+    assert rate == pytest.approx(tokens / seconds, rel=0.1 / seconds)  # seconds have one decimal
+    assert target_rate / rate == pytest.approx(targets / tokens, rel=0.02)
+
+
+def test_validation_is_no_training_time(make_trainer, make_module, monkeypatch, said):
+    trainer, module, callback = make_trainer(max_steps=1), make_module(), RunSummary()
+    times = iter([100.0, 103.0, 110.0, 112.0])  # validation takes 7 of the 12 seconds
+    monkeypatch.setattr(run_summary, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    callback.on_train_start(trainer, module)
+    callback.on_validation_start(trainer, module)
+    callback.on_validation_end(trainer, module)
+    callback.on_train_end(trainer, module)
+    assert "on 0 tokens in 5.0 s" in said()
+
+
+def test_the_end_says_where_everything_is(make_trainer, make_module, make_data, said, tmp_path):
+    callbacks = [TrainableCheckpoint(), MergeAdapters()]
+    options = {"limit_val_batches": 0, "enable_checkpointing": True}
+    fit(make_trainer, make_module(), make_data(), callbacks, **options)
+    end = said().partition("trained 3 steps")[2]
+    for name in ("checkpoints", "adapter", "merged"):
+        assert re.search(rf"^  {name} +{tmp_path / name}$", end, re.MULTILINE)
+        assert (tmp_path / name).is_dir()
+
+
+def test_what_was_not_written_is_not_named(make_trainer, make_module, make_data, said):
+    fit(make_trainer, make_module(), make_data(), limit_val_batches=0)
+    end = said().partition("trained 3 steps")[2]
+    assert "merged" not in end
+    assert "checkpoints" not in end

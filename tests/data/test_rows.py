@@ -1,0 +1,161 @@
+import json
+import os
+
+import pytest
+
+from rslightning.data.rows import check_columns, load_rows, text_rows
+from rslightning.errors import UserError
+
+ROWS = [{"text": f"line {index}", "number": index} for index in range(5)]
+
+
+def write(path, text=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in ROWS) if text is None else text
+    path.write_text(text, encoding="latin-1")
+    return path
+
+
+def texts(path, split="train"):
+    rows = load_rows(str(path), split)
+    return None if rows is None else rows["text"][:]
+
+
+EVERY = [row["text"] for row in ROWS]
+
+
+def test_a_file_of_each_kind_has_the_same_rows(tmp_path):
+    import datasets
+
+    write(tmp_path / "rows.jsonl")
+    write(tmp_path / "rows.json", json.dumps(ROWS))
+    write(tmp_path / "rows.csv", "text,number\n" + "".join(f"line {i},{i}\n" for i in range(5)))
+    write(tmp_path / "rows.txt", "\n".join(EVERY))
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
+    for name in ("rows.jsonl", "rows.json", "rows.csv", "rows.txt", "rows.parquet"):
+        assert texts(tmp_path / name) == EVERY, name
+
+
+def test_a_single_file_is_the_training_split(tmp_path):
+    assert texts(write(tmp_path / "test.jsonl")) == EVERY
+    assert texts(tmp_path / "test.jsonl", "held_out") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["held_out", "heldout", "validation", "valid", "val", "dev", "test", "gsm8k_test"]
+)
+def test_a_folder_has_its_splits_in_files_named_after_them(tmp_path, name):
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / f"{name}.jsonl", json.dumps({"text": "held out"}))
+    assert texts(tmp_path) == EVERY
+    assert texts(tmp_path, "held_out") == ["held out"]
+
+
+def test_a_validation_split_is_preferred_to_a_test_split(tmp_path):
+    for name in ("test", "train", "validation"):
+        write(tmp_path / f"{name}.jsonl", json.dumps({"text": name}))
+    assert texts(tmp_path, "held_out") == ["validation"]
+
+
+def test_the_only_file_of_a_folder_is_the_training_split(tmp_path):
+    write(tmp_path / "alpaca.jsonl")
+    write(tmp_path / "README.md", "about the data")
+    assert texts(tmp_path) == EVERY
+    assert texts(tmp_path, "held_out") is None
+
+
+def test_a_file_that_changed_is_read_again(tmp_path):
+    path = write(tmp_path / "rows.jsonl")
+    assert texts(path) == EVERY
+    write(path, json.dumps({"text": "new"}))
+    os.utime(path, (1, 1))
+    assert texts(path) == ["new"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.jsonl", "", "{path} is empty."),
+        ("broken.jsonl", '{"text": "a"}\n{"text": \n', "{path} cannot be read: JSON parse error"),
+        ("rows.xlsx", "?", "{path} is no .jsonl, .json, .parquet, .csv, .txt file."),
+        ("rows.parquet", "no parquet at all", "{path} cannot be read: Parquet magic bytes"),
+        ("rows.csv", "a,b\n1,2\n1,2,3,4\n", "{path} cannot be read: Error tokenizing data. C err"),
+        (
+            "blank.jsonl",
+            "\n\n",
+            '{path} cannot be read: Instruction "train" corresponds to no data.',
+        ),
+        ("latin.txt", "caf\xe9", "{path} cannot be read: 'utf-8' codec can't decode byte 0xe9"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
+    path = write(tmp_path / name, content)
+    with pytest.raises(UserError) as caught:
+        load_rows(str(path), "train")
+    assert str(caught.value).startswith(message.format(path=path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "../rows", "./rows", "/nowhere/rows"])
+def test_a_missing_path_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"^{name} does not exist\.$"):
+        load_rows(name, "train")
+
+
+def test_a_hub_name_that_cannot_be_fetched_is_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^nobody/nothing is neither a file or folder here nor a"):
+        load_rows("nobody/nothing", "train")
+
+
+def test_an_unknown_asset_is_named():
+    with pytest.raises(UserError, match=r"^There is no asset:toy_instruction; the package has "):
+        load_rows("asset:toy_instruction", "train")
+
+
+def test_a_folder_without_data_is_named(tmp_path):
+    write(tmp_path / "notes.md", "nothing")
+    with pytest.raises(UserError) as caught:
+        load_rows(str(tmp_path), "train")
+    assert str(caught.value) == f"{tmp_path} holds no .jsonl, .json, .parquet, .csv, .txt file."
+
+
+def test_a_folder_with_several_files_and_no_training_split_lists_them(tmp_path):
+    write(tmp_path / "a.jsonl")
+    write(tmp_path / "b.jsonl")
+    with pytest.raises(UserError) as caught:
+        load_rows(str(tmp_path), "train")
+    assert str(caught.value) == (
+        f"{tmp_path} has no file named after the split train; it has a.jsonl, b.jsonl."
+    )
+
+
+def test_a_missing_column_is_named_beside_those_there_are():
+    check_columns(["question", "answer"], ["answer"], "data")
+    with pytest.raises(UserError) as caught:
+        check_columns(["instruction", "output"], ["question", "answer"], "data")
+    assert (
+        str(caught.value) == "data has no column 'question'; its columns are instruction, output."
+    )
+
+
+def test_texts_that_are_null_are_empty_where_that_is_allowed(tmp_path):
+    path = write(tmp_path / "rows.jsonl", '{"a": null, "b": "x", "c": 3}\n{"a": "y", "b": "z"}\n')
+    rows = load_rows(str(path), "train")
+    assert list(text_rows(rows, ("b", "a"), ("a",), "data")) == [
+        {"b": "x", "a": ""},
+        {"b": "z", "a": "y"},
+    ]
+    for column, value in (("a", None), ("c", 3)):
+        with pytest.raises(UserError) as caught:
+            list(text_rows(rows, (column,), (), "data"))
+        assert str(caught.value) == (
+            f"data has a row whose column {column!r} is {value!r}, not a text."
+        )
+
+
+def test_a_text_in_another_encoding_is_named(tmp_path):
+    rows = load_rows(str(write(tmp_path / "rows.jsonl", '{"text": "caf\xe9"}\n')), "train")
+    with pytest.raises(UserError, match=r"^data cannot be read: 'utf-8' codec can't decode byte"):
+        list(text_rows(rows, ("text",), (), "data"))

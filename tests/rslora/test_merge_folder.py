@@ -1,0 +1,384 @@
+import copy
+import json
+import weakref
+from contextlib import contextmanager
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from rslightning.errors import RunError, UserError
+from rslightning.model_folder import INDEX_FILE, WEIGHTS_FILE, ModelFolder
+from rslightning.rslora import merge_folder as merge_folder_module
+from rslightning.rslora.adapters import attach_adapter, collect_adapter
+from rslightning.rslora.inject import inject_adapters
+from rslightning.rslora.linear import adapter_layers
+from rslightning.rslora.merge import merge_adapters, unwrap_adapters
+from rslightning.rslora.merge_folder import REPORT_FILE, LayerMerge, MergeReport, merge_folder
+from rslightning.rslora.peft_format import read_adapter
+from rslightning.rslora.spec import AdapterSpec
+from rslightning.storage import new_folder
+
+SHARD_SIZES = {"one_file": "1GB", "shards": "10KB"}
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+def tiny_gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=53,
+        n_embd=24,
+        n_layer=2,
+        n_head=4,
+        n_inner=40,
+        n_positions=32,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def tied_llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=53,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def adapted(model, std=0.05, **fields):
+    """Inject adapters of rank 3 whose B is random."""
+    inject_adapters(model, AdapterSpec(**{"rank": 3, **fields}))
+    generator = torch.Generator().manual_seed(7)
+    for _, layer in adapter_layers(model):
+        nn.init.normal_(layer.lora_b, std=std, generator=generator)
+    return model
+
+
+def saved(model, path, shards="shards"):
+    model.save_pretrained(path, max_shard_size=SHARD_SIZES[shards])
+    return ModelFolder(path)
+
+
+def merged(base, adapter, path, *arguments):
+    """Merge as the command line does, into a folder that appears whole."""
+    with new_folder(path) as aside:
+        return merge_folder(base, adapter, aside, *arguments)
+
+
+def tensors_of(folder):
+    return {
+        k: t for file in sorted(folder.glob("*.safetensors")) for k, t in load_file(file).items()
+    }
+
+
+def assert_same_bits(ours, truth):
+    assert ours.keys() == truth.keys()
+    for name, tensor in truth.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor), name
+
+
+@pytest.mark.parametrize("shards", SHARD_SIZES)
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_the_folder_is_the_merge_in_memory(tiny_llama, tmp_path, shards, dtype):
+    base = saved(tiny_llama, tmp_path / "base", shards)
+    assert (len(base.shards) > 3) == (shards == "shards")
+    adapter = collect_adapter(adapted(tiny_llama, rank_pattern={"q_proj": 5}))
+    merged(base, adapter, tmp_path / "merged", dtype)
+    merge_adapters(tiny_llama)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert reloaded.dtype == torch.float32
+    assert_same_bits(reloaded.state_dict(), unwrap_adapters(tiny_llama).state_dict())
+
+
+@pytest.mark.parametrize("make", [tied_llama, tiny_gpt2])
+def test_tied_heads_and_conv1d(tmp_path, make):
+    model = make()
+    base = saved(model, tmp_path / "base")
+    merged(base, collect_adapter(adapted(model)), tmp_path / "merged")
+    merge_adapters(model)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_same_bits(reloaded.state_dict(), unwrap_adapters(model).state_dict())
+
+
+def test_a_checkpoint_without_the_outermost_segment(tmp_path):
+    model = tiny_gpt2()
+    base = saved(model.transformer, tmp_path / "base")  # h.0..., as GPT-2's own is stored
+    assert "h.0.attn.c_attn.weight" in base.tensor_names
+    merged(base, collect_adapter(adapted(model)), tmp_path / "merged")
+    merge_adapters(model)
+    expected = unwrap_adapters(model).transformer.state_dict()
+    assert_same_bits(tensors_of(tmp_path / "merged"), expected)
+
+
+# PEFT corrects the setting itself, and says so.
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.parametrize("fan_in_fan_out", [True, False])
+def test_an_adapter_of_peft_on_conv1d(tmp_path, fan_in_fan_out):
+    config = LoraConfig(
+        r=3,
+        target_modules=["c_attn", "c_proj", "c_fc"],  # attn.c_proj is square
+        fan_in_fan_out=fan_in_fan_out,
+        init_lora_weights=False,
+    )
+    theirs = get_peft_model(tiny_gpt2(), config)
+    theirs.save_pretrained(tmp_path / "adapter")
+    base = saved(tiny_gpt2(), tmp_path / "base")
+    merged(base, read_adapter(tmp_path / "adapter"), tmp_path / "merged")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    truth = theirs.merge_and_unload().state_dict()
+    for name, tensor in truth.items():
+        torch.testing.assert_close(reloaded[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("shards", SHARD_SIZES)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_dtype_bfloat16(tiny_llama, tmp_path, shards, stored):
+    base = saved(tiny_llama.to(stored), tmp_path / "base", shards)
+    adapted(tiny_llama)
+    exact = {name: tensor.double() for name, tensor in tensors_of(base.path).items()}
+    for path, layer in adapter_layers(tiny_llama):
+        update = layer.gamma * layer.lora_b.detach().double() @ layer.lora_a.detach().double()
+        exact[f"{path}.weight"] += update
+    merged(base, collect_adapter(tiny_llama), tmp_path / "merged", torch.bfloat16)
+
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert reloaded.dtype == torch.bfloat16
+    for name, tensor in tensors_of(tmp_path / "merged").items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, reloaded.state_dict()[name])
+        error = (tensor.double() - exact[name]).abs()
+        assert (error <= torch.finfo(torch.bfloat16).eps / 2 * exact[name].abs() + 1e-7).all()
+
+
+def test_none_keeps_the_dtype_of_each_tensor(tiny_llama, tmp_path):
+    tiny_llama.bfloat16().lm_head.float()
+    base = saved(tiny_llama, tmp_path / "base")
+    report = merged(base, collect_adapter(adapted(tiny_llama)), tmp_path / "merged")
+    before, after = tensors_of(base.path), tensors_of(tmp_path / "merged")
+    assert {n: t.dtype for n, t in after.items()} == {n: t.dtype for n, t in before.items()}
+    assert report.dtype == "mixed"
+
+
+def test_files_index_and_description(tiny_llama, tmp_path):
+    base = saved(tiny_llama, tmp_path / "base")
+    (base.path / "tokenizer.json").write_text("{}")
+    (base.path / "notes.md").write_text("not a part of the model")
+    merged(base, collect_adapter(adapted(tiny_llama)), tmp_path / "merged")
+    names = {path.name for path in base.path.iterdir()} - {"notes.md"}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == names
+    for name in ("tokenizer.json", "config.json", "generation_config.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (base.path / name).read_bytes()
+    ours, theirs = (
+        json.loads((folder / INDEX_FILE).read_text()) for folder in (tmp_path / "merged", base.path)
+    )
+    assert ours["weight_map"] == theirs["weight_map"]
+    assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
+
+
+def test_another_dtype_changes_size_and_configuration(tiny_llama, tmp_path):
+    base = saved(tiny_llama, tmp_path / "base")
+    merged(base, collect_adapter(adapted(tiny_llama)), tmp_path / "merged", torch.bfloat16)
+    index = json.loads((tmp_path / "merged" / INDEX_FILE).read_text())
+    expected = sum(t.nbytes for t in tensors_of(tmp_path / "merged").values())
+    assert index["metadata"]["total_size"] == expected
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config == base.config | {"dtype": "bfloat16"}
+
+
+def test_the_old_name_of_the_dtype_is_replaced(tiny_llama, tmp_path):
+    saved(tiny_llama, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text())
+    config["torch_dtype"] = config.pop("dtype")
+    path.write_text(json.dumps(config))
+    adapter = collect_adapter(adapted(tiny_llama))
+    merged(ModelFolder(tmp_path / "base"), adapter, tmp_path / "merged", torch.bfloat16)
+    written = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert written["dtype"] == "bfloat16"
+    assert "torch_dtype" not in written
+
+
+def test_one_file_has_no_index(tiny_llama, tmp_path):
+    base = saved(tiny_llama, tmp_path / "base", "one_file")
+    merged(base, collect_adapter(adapted(tiny_llama)), tmp_path / "merged")
+    assert [path.name for path in (tmp_path / "merged").glob("*safetensors*")] == [WEIGHTS_FILE]
+
+
+@pytest.mark.parametrize("std", [1e-4, 0.05])
+def test_the_report_against_float64(tiny_llama, tmp_path, std):
+    base = saved(tiny_llama, tmp_path / "base")
+    adapted(tiny_llama, std=std, targets=["v_proj", "down_proj"])
+    report = merged(base, collect_adapter(tiny_llama), tmp_path / "merged", torch.bfloat16)
+    assert report.dtype == "bfloat16"
+    before, after = tensors_of(base.path), tensors_of(tmp_path / "merged")
+    assert list(report.layers) == [path for path, _ in adapter_layers(tiny_llama)]
+    for path, layer in adapter_layers(tiny_llama):
+        weight, result = before[f"{path}.weight"].double(), after[f"{path}.weight"].double()
+        update = layer.gamma * layer.lora_b.detach().double() @ layer.lora_a.detach().double()
+        numbers = report.layers[path]
+        assert numbers.weight_norm == pytest.approx(float(weight.norm()), rel=1e-12)
+        assert numbers.update_norm == pytest.approx(float(update.norm()), rel=1e-6)
+        lost = float((result - weight - update).norm() / update.norm())
+        assert numbers.lost_share == pytest.approx(lost, rel=1e-4)
+    largest = max(x.lost_share for x in report.layers.values())
+    assert report.largest_lost_share == largest
+    assert (report.warning is not None) == (largest > 0.2) == (std == 1e-4)
+
+
+def test_float32_loses_nothing_that_matters(tiny_llama, tmp_path):
+    base = saved(tiny_llama, tmp_path / "base")
+    report = merged(base, collect_adapter(adapted(tiny_llama)), tmp_path / "merged")
+    assert report.dtype == "float32"
+    assert 0 < report.largest_lost_share < 1e-6
+    assert report.warning is None
+
+
+def test_the_warning_names_dtype_share_and_first_layer():
+    layers = {
+        "a": LayerMerge(1.0, 1.0, 0.2),
+        "b": LayerMerge(1.0, 1.0, 0.31),
+        "c": LayerMerge(1.0, 1.0, 0.52),
+    }
+    report = MergeReport("bfloat16", layers)
+    assert report.largest_lost_share == 0.52
+    assert report.warning == (
+        "Rounding to bfloat16 lost more than 20% of the update in 2 of 3 layers (at most 52%, b "
+        "first); merge with dtype float32 to keep it."
+    )
+    assert MergeReport("bfloat16", {"a": layers["a"]}).warning is None
+    assert MergeReport("bfloat16").largest_lost_share == 0.0
+
+
+def test_the_report_as_a_file(tmp_path):
+    report = MergeReport("bfloat16", {"a": LayerMerge(2.0, 0.5, 0.25)}, 0.125)
+    report.write(tmp_path)
+    assert json.loads((tmp_path / REPORT_FILE).read_text()) == {
+        "dtype": "bfloat16",
+        "layers": {"a": {"weight_norm": 2.0, "update_norm": 0.5, "lost_share": 0.25}},
+        "largest_logit_difference": 0.125,
+        "largest_lost_share": 0.25,
+        "warning": report.warning,
+    }
+
+
+def test_an_adapter_of_another_base(tiny_llama, tmp_path):
+    base = saved(tiny_gpt2(), tmp_path / "base")
+    adapter = collect_adapter(adapted(tiny_llama))
+    with pytest.raises(UserError) as error:
+        merged(base, adapter, tmp_path / "merged")
+    assert str(error.value) == (
+        f"The adapter has matrices for {Q_PROJ}, of which {base.path} has no weight: it was "
+        "trained on another base model."
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_an_adapter_of_another_size(tiny_llama, tmp_path):
+    base = saved(tiny_llama, tmp_path / "base")
+    tiny_llama.model.layers[1].mlp.up_proj = nn.Linear(24, 44, bias=False)
+    adapter = collect_adapter(adapted(tiny_llama, targets=["up_proj"]))
+    with pytest.raises(UserError) as error:
+        merged(base, adapter, tmp_path / "merged")
+    assert str(error.value) == (
+        "The adapter's update of model.layers.1.mlp.up_proj has shape [44, 24], the base's weight "
+        "[40, 24]: it was trained on another base model."
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_merge_that_is_not_finite(tiny_llama, tmp_path):
+    base = saved(tiny_llama, tmp_path / "base")
+    adapter = collect_adapter(adapted(tiny_llama, targets=["q_proj"], std=1e5))
+    with pytest.raises(RunError) as error:
+        merged(base, adapter, tmp_path / "merged", torch.float16)
+    assert str(error.value) == (
+        f"{Q_PROJ}: The merged weight has entries that are not finite in float16."
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_full_disk_is_not_blamed_on_the_base(tiny_llama, tmp_path, monkeypatch):
+    base = saved(tiny_llama, tmp_path / "base")
+
+    def no_space(tensors, path):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(merge_folder_module, "save_tensors", no_space)
+    with pytest.raises(RunError) as error:
+        merged(base, collect_adapter(adapted(tiny_llama)), tmp_path / "merged")
+    assert str(error.value) == f"Could not write {tmp_path / 'merged'}: No space left on device."
+
+
+def test_one_shard_at_a_time(tiny_llama, tmp_path, monkeypatch):
+    """No two files are open at once, and a shard's tensors are gone before the next is read."""
+    base = saved(tiny_llama, tmp_path / "base")
+    adapter = collect_adapter(adapted(tiny_llama))
+    del tiny_llama
+    assert len(base.shards) > 3
+    open_now, opened, held, progress = [], [], [], []
+    open_tensors, save_tensors = merge_folder_module.open_tensors, merge_folder_module.save_tensors
+
+    @contextmanager
+    def counting_open(path):
+        # The loop's own variable may hold the last tensor.
+        assert sum(reference() is not None for reference in held) <= 1
+        held.clear()
+        open_now.append(path.name)
+        opened.append(path.name)
+        assert len(open_now) == 1
+        with open_tensors(path) as tensors:
+            yield tensors
+        open_now.remove(path.name)
+
+    def watching_save(tensors, path):
+        held.extend(weakref.ref(tensor) for tensor in tensors.values())
+        save_tensors(tensors, path)
+
+    monkeypatch.setattr(merge_folder_module, "open_tensors", counting_open)
+    monkeypatch.setattr(merge_folder_module, "save_tensors", watching_save)
+    merged(base, adapter, tmp_path / "merged", torch.bfloat16, progress.append)
+    assert progress == opened == list(base.shards)
+
+
+def test_the_folder_computes_what_an_attached_adapter_computes(tiny_llama, tmp_path):
+    base = saved(tiny_llama, tmp_path / "base")
+    fresh = copy.deepcopy(tiny_llama)
+    adapter = collect_adapter(adapted(tiny_llama))
+    merged(base, adapter, tmp_path / "merged")
+    attach_adapter(fresh, adapter)
+    ids = torch.arange(10).reshape(2, 5)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(
+        reloaded(input_ids=ids).logits, fresh.eval()(input_ids=ids).logits, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_one_file_goes_before_an_index_as_in_transformers(tiny_llama, tmp_path):
+    saved(tied_llama(), tmp_path / "old")
+    base = saved(tiny_llama, tmp_path / "base", "one_file")
+    for path in (tmp_path / "old").glob("*safetensors*"):
+        path.rename(base.path / path.name)
+    loaded = AutoModelForCausalLM.from_pretrained(base.path).state_dict()
+    assert_same_bits(loaded, tiny_llama.state_dict())
+    merged(base, collect_adapter(adapted(tiny_llama, targets=["q_proj"])), tmp_path / "merged")
+    assert [path.name for path in (tmp_path / "merged").glob("*safetensors*")] == [WEIGHTS_FILE]
+    result = tensors_of(tmp_path / "merged")
+    assert torch.equal(result["lm_head.weight"], loaded["lm_head.weight"])

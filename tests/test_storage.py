@@ -1,0 +1,191 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from rslightning.errors import RunError, UserError
+from rslightning.storage import new_folder, open_tensors, save_tensors
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_a_folder_appears_when_the_block_ends(tmp_path):
+    target = tmp_path / "deep" / "run"
+    with new_folder(target) as aside:
+        (aside / "file").write_text("content")
+        assert not target.exists()
+    assert names(tmp_path) == ["deep", "deep/run", "deep/run/file"]
+    assert target.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, UserError])
+def test_a_failed_block_leaves_nothing(tmp_path, error):
+    def fail():
+        with new_folder(tmp_path / "run") as aside:
+            (aside / "file").write_text("content")
+            raise error("stop")
+
+    with pytest.raises(error, match="^stop$"):
+        fail()
+    assert names(tmp_path) == []
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    (tmp_path / "run").mkdir()
+    with new_folder(tmp_path / "run") as aside:
+        (aside / "file").write_text("content")
+    assert names(tmp_path) == ["run", "run/file"]
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path):
+    target = tmp_path / "run"
+    (target / "mine").mkdir(parents=True)
+
+    def write():
+        with new_folder(target):
+            raise AssertionError("the block must not start")
+
+    with pytest.raises(UserError) as caught:
+        write()
+    assert str(caught.value) == (
+        f"{target} exists and is not empty; choose another folder or remove it."
+    )
+    assert names(tmp_path) == ["run", "run/mine"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_file_is_refused(tmp_path, replace):
+    (tmp_path / "run").write_text("mine")
+
+    def write():
+        with new_folder(tmp_path / "run", replace):
+            raise AssertionError("the block must not start")
+
+    with pytest.raises(UserError) as caught:
+        write()
+    assert str(caught.value) == f"{tmp_path / 'run'} is a file; choose another folder or remove it."
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_replacing_leaves_only_the_new(tmp_path):
+    target = tmp_path / "run"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with new_folder(target, replace=True) as aside:
+        (aside / "new").write_text("new")
+        assert names(target) == ["old"]  # until the new one is complete
+    assert names(tmp_path) == ["run", "run/new"]
+
+
+def test_a_failed_replacement_keeps_the_old(tmp_path):
+    target = tmp_path / "run"
+    target.mkdir()
+    (target / "old").write_text("old")
+
+    def fail():
+        with new_folder(target, replace=True) as aside:
+            (aside / "new").write_text("new")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError) as caught:
+        fail()
+    assert str(caught.value) == f"Could not write {target}: No space left on device."
+    assert names(tmp_path) == ["run", "run/old"]
+
+
+def test_the_old_folder_comes_back_where_the_new_one_cannot_be_moved(tmp_path, monkeypatch):
+    target = tmp_path / "run"
+    target.mkdir()
+    (target / "old").write_text("old")
+    rename = Path.rename
+
+    def refuse_the_new(path, destination):
+        if (path / "new").exists():
+            raise PermissionError(13, "Permission denied")
+        return rename(path, destination)
+
+    monkeypatch.setattr(Path, "rename", refuse_the_new)
+
+    def write():
+        with new_folder(target, replace=True) as aside:
+            (aside / "new").write_text("new")
+
+    with pytest.raises(RunError, match="Permission denied"):
+        write()
+    assert names(tmp_path) == ["run", "run/old"]
+
+
+def test_a_parent_that_is_a_file_is_reported(tmp_path):
+    (tmp_path / "parent").write_text("a file")
+
+    def write():
+        with new_folder(tmp_path / "parent" / "run"):
+            raise AssertionError("the block must not start")
+
+    with pytest.raises(RunError) as caught:
+        write()
+    assert str(caught.value).startswith(f"Could not write {tmp_path / 'parent' / 'run'}: ")
+    assert names(tmp_path) == ["parent"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_reported(tmp_path):
+    tmp_path.chmod(0o555)
+
+    def write():
+        with new_folder(tmp_path / "run"):
+            raise AssertionError("the block must not start")
+
+    with pytest.raises(RunError, match=r"run: Permission denied\.$"):
+        write()
+
+
+def test_a_full_disk_is_reported_and_leaves_the_old_folder(tmp_path, small_disk):
+    target = tmp_path / "run"
+    target.mkdir()
+    (target / "old").write_text("old")
+
+    def write():
+        with new_folder(target, replace=True) as aside:
+            save_tensors({"weight": torch.zeros(100_000)}, aside / "weights.safetensors")
+
+    with small_disk(max_bytes=100_000), pytest.raises(RunError) as caught:
+        write()
+    assert str(caught.value).startswith(f"Could not write {target}: ")
+    assert "File too large" in str(caught.value)
+    assert names(tmp_path) == ["run", "run/old"]
+
+
+def test_tensors_are_saved_as_they_are(tmp_path):
+    tensors = {
+        "strided": torch.arange(6.0).reshape(2, 3).T,
+        "bfloat16": torch.tensor([1.0, 2.5], dtype=torch.bfloat16),
+        "trained": torch.nn.Parameter(torch.ones(1)),
+    }
+    save_tensors(tensors, tmp_path / "x.safetensors")
+    with open_tensors(tmp_path / "x.safetensors") as opened:
+        assert opened.metadata() == {"format": "pt"}
+        for name, tensor in tensors.items():
+            found = opened.get_tensor(name)
+            assert found.dtype == tensor.dtype
+            assert torch.equal(found, tensor)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_tensors({"weight": torch.zeros(100)}, path)
+    path.write_bytes(path.read_bytes()[:-10])
+
+    def read(path):
+        with open_tensors(path):
+            pass
+
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path} cannot be read as safetensors (")
+    assert str(caught.value).endswith("; it is damaged or incomplete: copy or download it again.")
+    with pytest.raises(UserError, match=r"absent does not exist\.$"):
+        read(tmp_path / "absent")
