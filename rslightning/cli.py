@@ -18,7 +18,7 @@ from typing import Any, Final, get_args
 
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -125,6 +125,8 @@ class RecipeCLI(LightningCLI):
             ours.append(TQDMProgressBar())  # Lightning's choice depends on what else is installed
         if config.get("enable_checkpointing") is False or self.subcommand != "fit":
             ours = [callback for callback in ours if not isinstance(callback, TrainableCheckpoint)]
+        if config.get("enable_checkpointing") is None and not _any_checkpoint(ours, config):
+            config["enable_checkpointing"] = False  # or Lightning adds one of its own
         return self._instantiate_trainer(config, ours)
 
     def _parse_ckpt_path(self) -> None:
@@ -132,6 +134,12 @@ class RecipeCLI(LightningCLI):
 
         What must not differ on resume is compared by `CausalLMModule.on_load_checkpoint`.
         """
+
+
+def _any_checkpoint(ours: list[Any], config: dict[str, Any]) -> bool:
+    theirs = config.get("callbacks") or []
+    theirs = theirs if isinstance(theirs, list) else [theirs]
+    return any(isinstance(callback, Checkpoint) for callback in [*ours, *theirs])
 
 
 def run(arguments: Sequence[str]) -> None:

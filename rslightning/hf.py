@@ -13,7 +13,7 @@ from rslightning.model_folder import ModelFolder
 def load_causal_lm(
     folder: Path,
     dtype: torch.dtype,
-    attention: str = "sdpa",
+    attention: str | None = None,
     pretrained: bool = True,
     activation_checkpointing: bool = False,
     trust_remote_code: bool = False,
@@ -23,7 +23,8 @@ def load_causal_lm(
     Args:
         folder: Local folder in Hugging Face's layout.
         dtype: Dtype of the weights, whatever they are stored in.
-        attention: Attention implementation: `sdpa`, `eager`, `flash_attention_2`, ...
+        attention: Attention implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None leaves
+            the choice to transformers, which knows what the architecture has.
         pretrained: Load the folder's weights; false draws new ones (for training from scratch).
         activation_checkpointing: Recompute each decoder layer in the backward pass.
         trust_remote_code: Run model code that the folder brings along.

@@ -37,7 +37,8 @@ class CausalLMModule(LightningModule):
         lr_scheduler: Class path and arguments of a schedule that steps with the optimizer; null
             keeps the learning rate constant.
         dtype: Dtype of the frozen base. Adapters and their optimizer state are float32 always.
-        attention: Attention implementation of transformers (`sdpa`, `eager`, ...).
+        attention: Attention implementation of transformers (`sdpa`, `eager`, `flash_attention_2`,
+            ...); null takes the best that the architecture has in torch alone.
         activation_checkpointing: Recompute each decoder layer in the backward pass: less memory,
             about a third more time.
         pretrained: Load the base's weights; false draws new ones, for training from scratch.
@@ -63,7 +64,7 @@ class CausalLMModule(LightningModule):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
-        attention: str = "sdpa",
+        attention: str | None = None,
         activation_checkpointing: bool = False,
         pretrained: bool = True,
         max_new_tokens: int = 64,

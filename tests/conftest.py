@@ -227,9 +227,7 @@ def make_data(model_folder, orca_folder):
     from rslightning.data import OpenOrca
 
     def make(**options):
-        defaults = {
-            "batch_size": 4, "max_length": 128, "held_out_examples": None, "packing": False
-        }
+        defaults = {"batch_size": 4, "max_length": 128, "held_out_examples": None, "packing": False}
         return OpenOrca(str(orca_folder), str(model_folder), **(defaults | options))
 
     return make

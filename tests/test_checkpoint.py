@@ -142,8 +142,8 @@ def test_a_checkpoint_of_another_program(tmp_path, content):
 def test_a_checkpoint_without_adapter(last, hparams):
     changed(last, lambda content: content.update(hyper_parameters=hparams))
     assert refused(last) == (
-        f"{last} has no adapter: it is from full fine-tuning or another program. The merged/ folder "
-        "of a full fine-tuning run is the model itself."
+        f"{last} has no adapter: it is from full fine-tuning or another program. The merged/ "
+        "folder of a full fine-tuning run is the model itself."
     )
 
 

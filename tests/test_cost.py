@@ -42,7 +42,7 @@ def build(shape: str, rank: int, dtype: torch.dtype = torch.float32):
 
 
 def saved_bytes(model, mixed: bool = False) -> int:
-    """Count the bytes that the decoder's forward pass saves, each storage once, weights left out."""
+    """Count the bytes that the forward pass saves, each storage once, weights left out."""
     weights = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     storages = {}
 

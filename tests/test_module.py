@@ -10,8 +10,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from rslightning import CausalLMModule
 from rslightning.batch import IGNORED, Batch
-from rslightning.data.collate import pad_batch
-from rslightning.data.encode import Example
 from rslightning.errors import UserError
 from rslightning.losses import token_nats
 from rslightning.rslora import AdapterSpec, adapter_parameters
@@ -40,6 +38,10 @@ def batches_of(data):
     """Return the micro-batches that a fit of a fresh DataModule sees, in order."""
     data.setup("fit")
     return list(data.train_dataloader())
+
+
+def targets_of(batch):
+    return int((batch.labels[:, 1:] != IGNORED).sum())
 
 
 def mean_nats(model, batch):
@@ -93,11 +95,12 @@ def fit(make_trainer, module, data, **options):
 def test_the_loss_is_the_mean_cross_entropy_of_the_targets(make_module, model_folder):
     module = start(make_module())
     long, short = [1, 40, 41, 42, 43, 2], [1, 50, 2]
-    examples = [
-        Example(long, [IGNORED] * 3 + long[3:]),
-        Example(short, [IGNORED, *short[1:]]),
-    ]
-    loss = module.training_step(pad_batch(examples, pad_id=0), 0)
+    batch = Batch(
+        input_ids=torch.tensor([long, [*short, 0, 0, 0]]),
+        labels=torch.tensor([[IGNORED] * 3 + long[3:], [IGNORED, *short[1:]] + [IGNORED] * 3]),
+        attention_mask=torch.tensor([[1] * 6, [1] * 3 + [0] * 3]),
+    )
+    loss = module.training_step(batch, 0)
     base = LlamaForCausalLM.from_pretrained(model_folder)  # at B = 0 the adapters do nothing
     nats = 0.0
     for ids, targets in ((long, 3), (short, 2)):
@@ -227,18 +230,23 @@ def test_gradients_are_clipped_as_by_torch(make_trainer, make_module, make_data)
     assert any((free[name] - expected[name]).abs().max() > 1e-2 for name in free)
 
 
-def test_accumulated_gradients_are_the_mean_over_micro_batches(
-    make_trainer, make_module, make_data
-):
+def test_accumulated_gradients_are_those_of_the_one_big_batch(make_trainer, make_module, make_data):
+    """Six uneven micro-batches in steps of four: the last step has the two that are left."""
     module = start(make_module())
     optimizer = optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.5)
-    for batch in batches_of(make_data())[:3]:
-        (mean_nats(module.model, batch) / 3).backward()
-    optimizer.step()
+    batches = batches_of(make_data())
+    targets = [targets_of(batch) for batch in batches]
+    assert len(batches) == 6
+    assert len(set(targets)) > 3
+    for step in (slice(0, 4), slice(4, 6)):
+        optimizer.zero_grad()
+        for batch in batches[step]:
+            (mean_nats(module.model, batch) * targets_of(batch) / sum(targets[step])).backward()
+        optimizer.step()
     expected = clone(module.trainable_state())
     module = make_module(optimizer=partial(optim.SGD, lr=0.5))
-    trainer = fit(make_trainer, module, make_data(), max_steps=1, accumulate_grad_batches=3)
-    assert trainer.global_step == 1
+    trainer = fit(make_trainer, module, make_data(), max_steps=2, accumulate_grad_batches=4)
+    assert trainer.global_step == 2
     for name, tensor in module.trainable_state().items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
 
@@ -492,7 +500,8 @@ def test_token_ids_out_of_the_vocabulary_are_refused(
     module, data = make_module(small_vocabulary), make_data()
     with pytest.raises(UserError) as caught:
         getattr(make_trainer(max_steps=1), stage)(module, data)
-    largest = max(i for e in (*data.train_examples, *data.held_out) for i in e.input_ids)
+    examples = [*(data.train or []), *data.held_out]
+    largest = max(int(example.input_ids.max()) for example in examples)
     assert str(caught.value) == (
         f"The data has token id {largest}, but {small_vocabulary} has a vocabulary of 100: "
         "tokenizer and model do not belong together."
@@ -501,9 +510,8 @@ def test_token_ids_out_of_the_vocabulary_are_refused(
 
 def test_batches_of_one_s_own_data_train_too(make_trainer, make_module):
     ids = torch.randint(3, 200, (5, 9), generator=torch.Generator().manual_seed(0))
-    loader = torch.utils.data.DataLoader(
-        [Batch(row, row, torch.ones_like(row)) for row in ids], batch_size=2
-    )
+    batches = [Batch(rows, rows, torch.ones_like(rows)) for rows in ids.split(2)]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
     module = make_module()
     trainer = make_trainer(max_steps=2)
     trainer.fit(module, loader, loader)

@@ -28,7 +28,7 @@ def test_a_failed_block_leaves_nothing(tmp_path, error):
             (aside / "file").write_text("content")
             raise error("stop")
 
-    with pytest.raises(error, match="^stop$"):
+    with pytest.raises(error, match=r"^stop$"):
         fail()
     assert names(tmp_path) == []
 

@@ -1,12 +1,10 @@
 """Write what `predict` generates."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, final
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from rslightning.callbacks.merge_adapters import run_folder
@@ -15,33 +13,32 @@ PREDICTIONS_FILE: Final = "predictions.jsonl"
 
 
 @final
-class WritePredictions(BasePredictionWriter):
+class WritePredictions(Callback):
     """Write prompt, answer and reference of every predicted row as JSON lines, batch by batch.
 
-    The file is `predictions.jsonl` in the run folder; with several processes each appends its rank.
+    The file is `predictions.jsonl` in the run folder; of several processes each writes its own,
+    with its rank before the name. Works with a `TextDataModule`.
     """
 
     def __init__(self) -> None:
-        super().__init__(write_interval="batch")
         self._path: Path | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start an empty file."""
-        name = f"{trainer.global_rank}.{PREDICTIONS_FILE}" if trainer.world_size > 1 else None
+        rank = f"{trainer.global_rank}." if trainer.world_size > 1 else ""
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / (name or PREDICTIONS_FILE)
+        self._path = folder / f"{rank}{PREDICTIONS_FILE}"
         self._path.write_text("", encoding="utf-8")
 
-    def write_on_batch_end(
+    def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
+        outputs: Any,
         batch: Any,
         batch_idx: int,
-        dataloader_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Append one line per row."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -49,7 +46,7 @@ class WritePredictions(BasePredictionWriter):
         # Processes take batches in turn, in the order of the rows; see `OrderedLoader`.
         first = (batch_idx * trainer.world_size + trainer.global_rank) * data.batch_size
         with self._path.open("a", encoding="utf-8") as file:
-            for row, ids in enumerate(prediction, first):
+            for row, ids in enumerate(outputs, first):
                 prompt, reference = data.held_out_rows[row]
                 answer = data.tokenizer.decode(ids, skip_special_tokens=True)
                 line = {"prompt": prompt, "answer": answer, "reference": reference}

@@ -276,8 +276,13 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    folder = resolve_asset(name)
+    if folder.startswith((".", "/", "~")):
+        folder = str(Path(folder).expanduser())
+        if not Path(folder).is_dir():
+            raise UserError(f"Tokenizer folder {name} does not exist.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_asset(name))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizer's loaders raise bare Exception, too
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"{name} has no tokenizer that can be loaded: {first_line}") from error

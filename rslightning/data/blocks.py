@@ -53,7 +53,7 @@ class Blocks(Sequence[Block]):
         return self._table.num_rows
 
     def __getitem__(self, index: Any) -> Block:
-        row = self._table.slice(index, 1)
+        row = self._table.slice(range(len(self))[index], 1)  # out of range: IndexError
         columns = (row[name].chunk(0).flatten().to_numpy() for name in Block._fields)
         return Block(*columns)
 

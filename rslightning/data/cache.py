@@ -44,8 +44,7 @@ def cached_folder(key: str, build: Callable[[Path], None]) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_suffix(".lock"))
-        lock.acquire()
+        lock = FileLock(folder.with_suffix(".lock")).acquire()
     except OSError as error:
         raise RunError(
             f"The cache folder {folder.parent} cannot be written ({error.strerror}); "

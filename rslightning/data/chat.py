@@ -32,6 +32,7 @@ class Chat(TextDataModule):
         UserError: If the tokenizer has no chat template.
     """
 
+    columns = ()
     templated = True
 
     def render(self, row: Mapping[str, Any]) -> Turns:

@@ -84,7 +84,9 @@ def test_modes_of_submodules_come_back(make_trainer, make_module, make_data):
 
 def test_a_row_that_there_is_not(make_trainer, make_module, make_data):
     with pytest.raises(UserError) as caught:
-        make_trainer(max_steps=1, callbacks=[BeforeAfter(example=7)]).fit(make_module(), make_data())
+        make_trainer(max_steps=1, callbacks=[BeforeAfter(example=7)]).fit(
+            make_module(), make_data()
+        )
     assert str(caught.value) == "before_after.example is 7, but there are 7 held-out rows."
 
 
@@ -94,6 +96,4 @@ def test_data_of_another_kind(make_trainer, make_module, make_data):
     trainer = make_trainer(max_steps=1, callbacks=[BeforeAfter()])
     with pytest.raises(UserError) as caught:
         trainer.fit(make_module(), data.train_dataloader(), data.val_dataloader())
-    assert str(caught.value) == (
-        "before_after needs a CausalLMModule and one of rslightning.data."
-    )
+    assert str(caught.value) == ("before_after needs a CausalLMModule and one of rslightning.data.")

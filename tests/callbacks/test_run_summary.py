@@ -14,7 +14,6 @@ def said(caplog):
     return lambda: "\n".join(record.getMessage() for record in caplog.records)
 
 
-
 def fit(make_trainer, module, data, callbacks=(), **options):
     options = {"max_steps": 3, **options}
     trainer = make_trainer(callbacks=[*callbacks, RunSummary()], **options)

@@ -2,7 +2,7 @@ import pytest
 
 from rslightning.batch import IGNORED
 from rslightning.data.base import load_tokenizer
-from rslightning.data.encode import Example, encode_example, encode_prompt, has_target, truncate
+from rslightning.data.encode import Counts, Example, encode_prompts, encode_rows
 
 PAIRS = [
     ("Question: how many?\nAnswer:\n", "Two cups."),
@@ -19,11 +19,22 @@ class WordTokenizer:
     def __init__(self, eos_token_id: int | None = 2, closes: bool = False) -> None:
         self.eos_token_id, self.closes = eos_token_id, closes
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids = [len(word) + 10 for word in text.split()]
-        if not add_special_tokens:
-            return ids
-        return [1, *ids, *([self.eos_token_id] if self.closes else [])]
+    def __call__(self, text: list[str], add_special_tokens: bool = True):
+        rows = [[len(word) + 10 for word in one.split()] for one in text]
+        if add_special_tokens:
+            end = [self.eos_token_id] if self.closes else []
+            rows = [[1, *ids, *end] for ids in rows]
+        return {"input_ids": rows}
+
+
+def encode_example(tokenizer, prompt, response, **options) -> Example:
+    (example,) = encode_rows(tokenizer, [[(prompt, response)]], **options)
+    return example
+
+
+def encode_prompt(tokenizer, prompt) -> list[int]:
+    (ids,) = encode_prompts(tokenizer, [prompt], templated=False)
+    return ids
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +62,7 @@ def test_the_prompt_alone_is_a_prefix_of_the_example(tokenizer, prompt, response
 
 def test_the_prompt_is_a_target_on_request(tokenizer):
     ids, labels = encode_example(tokenizer, *PAIRS[0], train_on_prompt=True)
-    assert labels == ids
+    assert labels == [IGNORED, *ids[1:]]  # nothing predicts the first token
     assert ids == encode_example(tokenizer, *PAIRS[0]).input_ids
 
 
@@ -72,32 +83,49 @@ def test_a_tokenizer_without_an_end_adds_none():
     assert encode_example(tokenizer, "one", "fives") == Example([1, 13, 15], [IGNORED] * 2 + [15])
 
 
+def test_rows_encoded_together_are_those_encoded_alone(tokenizer):
+    dialogue = [("one ", "two"), (" three ", "four"), (" five ", "six")]
+    rows = [[pair] for pair in PAIRS] + [dialogue]
+    together = encode_rows(tokenizer, rows)
+    assert together == [encode_rows(tokenizer, [row])[0] for row in rows]
+
+
+def test_every_response_of_a_dialogue_is_a_target(tokenizer):
+    dialogue = [("one ", "two"), (" three ", "four")]
+    (example,) = encode_rows(tokenizer, [dialogue])
+    written = [label for label in example.labels if label != IGNORED]
+    assert tokenizer.decode(written) == "two</s>four</s>"
+    assert tokenizer.decode(example.input_ids) == "<s>one two</s> three four</s>"
+
+
+def test_templated_texts_get_no_tokens_of_ours(tokenizer):
+    (example,) = encode_rows(tokenizer, [[("<s>one ", "two</s>")]], templated=True)
+    assert tokenizer.decode(example.input_ids) == "<s>one two</s>"
+    assert tokenizer.decode([x for x in example.labels if x != IGNORED]) == "two</s>"
+
+
 def test_truncation_cuts_and_counts():
     i = IGNORED
     examples = [
         Example([1, 5, 6], [i, 5, 6]),  # fits
         Example([1, 5, 6, 7, 8, 9], [i, i, 6, 7, 8, 9]),  # two tokens too long
         Example([1, 5, 6, 7, 8], [i, i, i, i, 8]),  # its only target is lost
-        Example([1], [1]),  # nothing precedes its only token
+        Example([1], [i]),  # never had one
         Example([1, 5, 6, 7], [i, i, i, 7]),  # exactly as long as allowed
     ]
-    result = truncate(iter(examples), max_length=4)
-    assert result.kept == [
+    counts = Counts()
+    assert [counts.cut(example, 4) for example in examples] == [
         Example([1, 5, 6], [i, 5, 6]),
         Example([1, 5, 6, 7], [i, i, 6, 7]),
+        None,
+        None,
         Example([1, 5, 6, 7], [i, i, i, 7]),
     ]
-    assert (result.rows, result.rows_cut, result.rows_without_target) == (5, 2, 2)
-    assert (result.tokens, result.tokens_lost, result.longest_row) == (19, 3, 6)
-    assert str(result) == (
-        "5 rows, 19 tokens; longest row 6; 2 rows cut, 3 tokens lost, "
-        "2 rows dropped because no target was left"
+    assert counts == Counts(
+        rows=5, rows_cut=2, rows_without_target=2, tokens=19, tokens_lost=3, longest_row=6
     )
-
-
-@pytest.mark.parametrize(
-    ("labels", "answer"),
-    [([], False), ([7], False), ([7, IGNORED], False), ([IGNORED, 0], True), ([7, 7], True)],
-)
-def test_only_a_label_after_the_first_is_a_target(labels, answer):
-    assert has_target(labels) is answer
+    assert Counts(**counts.as_dict()) == counts
+    assert str(counts) == (
+        "5 rows, 19 tokens; longest row 6; 2 rows cut, 3 tokens lost, "
+        "2 rows dropped because no target was left, 0 bad rows skipped"
+    )

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from rslightning.data.rows import check_columns, load_rows, text_rows
+from rslightning.data.rows import check_columns, find_rows
 from rslightning.errors import UserError
 
 ROWS = [{"text": f"line {index}", "number": index} for index in range(5)]
@@ -14,6 +14,11 @@ def write(path, text=None):
     text = "".join(json.dumps(row) + "\n" for row in ROWS) if text is None else text
     path.write_text(text, encoding="latin-1")
     return path
+
+
+def load_rows(path, split):
+    rows = find_rows(path, split)
+    return None if rows is None else rows.open()
 
 
 def texts(path, split="train"):
@@ -76,7 +81,8 @@ def test_a_file_that_changed_is_read_again(tmp_path):
     ("name", "content", "message"),
     [
         ("empty.jsonl", "", "{path} is empty."),
-        ("broken.jsonl", '{"text": "a"}\n{"text": \n', "{path} cannot be read: JSON parse error"),
+        ("broken.jsonl", '{"text": "a"}\n' * 16 + '{"text": \n', "{path}, line 17, is not JSON: "),
+        ("list.jsonl", '{"text": "a"}\n[1, 2]\n', "{path}, line 2, is JSON, but no object"),
         ("rows.xlsx", "?", "{path} is no .jsonl, .json, .parquet, .csv, .txt file."),
         ("rows.parquet", "no parquet at all", "{path} cannot be read: Parquet magic bytes"),
         ("rows.csv", "a,b\n1,2\n1,2,3,4\n", "{path} cannot be read: Error tokenizing data. C err"),
@@ -138,24 +144,3 @@ def test_a_missing_column_is_named_beside_those_there_are():
     assert (
         str(caught.value) == "data has no column 'question'; its columns are instruction, output."
     )
-
-
-def test_texts_that_are_null_are_empty_where_that_is_allowed(tmp_path):
-    path = write(tmp_path / "rows.jsonl", '{"a": null, "b": "x", "c": 3}\n{"a": "y", "b": "z"}\n')
-    rows = load_rows(str(path), "train")
-    assert list(text_rows(rows, ("b", "a"), ("a",), "data")) == [
-        {"b": "x", "a": ""},
-        {"b": "z", "a": "y"},
-    ]
-    for column, value in (("a", None), ("c", 3)):
-        with pytest.raises(UserError) as caught:
-            list(text_rows(rows, (column,), (), "data"))
-        assert str(caught.value) == (
-            f"data has a row whose column {column!r} is {value!r}, not a text."
-        )
-
-
-def test_a_text_in_another_encoding_is_named(tmp_path):
-    rows = load_rows(str(write(tmp_path / "rows.jsonl", '{"text": "caf\xe9"}\n')), "train")
-    with pytest.raises(UserError, match=r"^data cannot be read: 'utf-8' codec can't decode byte"):
-        list(text_rows(rows, ("text",), (), "data"))

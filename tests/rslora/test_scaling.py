@@ -101,6 +101,7 @@ def divisions_by_rank(source: str) -> list[str]:
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.BinOp)
         and isinstance(node.op, ast.Div | ast.FloorDiv)
+        and not isinstance(node.right, ast.JoinedStr)  # a path of a process's rank
         and any(
             getattr(part, "id", getattr(part, "attr", None)) in {"r", "rank", "ranks"}
             for part in ast.walk(node.right)
@@ -120,3 +121,7 @@ def test_only_this_module_divides_by_a_rank():
 )
 def test_a_division_by_a_rank_is_noticed(source):
     assert divisions_by_rank(source) == [ast.unparse(ast.parse(source))]
+
+
+def test_a_path_is_no_division():
+    assert divisions_by_rank("folder / f'{rank}.json'") == []

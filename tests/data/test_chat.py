@@ -1,0 +1,99 @@
+import json
+import shutil
+
+import pytest
+
+from rslightning.batch import IGNORED
+from rslightning.data import Chat
+from rslightning.errors import UserError
+
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+FORGETFUL = (  # drops the answers of earlier turns, as templates that strip reasoning do
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{{ m.content if m.role != 'assistant' or loop.last else '' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TURNS = [
+    ("system", "Be brief."),
+    ("user", "How many cups?"),
+    ("assistant", "Two."),
+    ("user", "And hats?"),
+    ("assistant", "None."),
+]
+SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt"}
+
+
+def openai(turns):
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+def sharegpt(turns):
+    return {"conversations": [{"from": SHAREGPT[role], "value": text} for role, text in turns]}
+
+
+@pytest.fixture
+def chat(tmp_path, model_folder):
+    def make(rows, template=CHATML, **options):
+        tokenizer = tmp_path / "tokenizer"
+        shutil.copytree(model_folder, tokenizer, dirs_exist_ok=True)
+        if template:
+            (tokenizer / "chat_template.jinja").write_text(template)
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = Chat(str(path), str(tokenizer), held_out_examples=0, packing=False, **options)
+        data.setup("fit")
+        return data
+
+    return make
+
+
+def test_only_assistant_turns_are_targets(chat):
+    data = chat([openai(TURNS)])
+    block = data.train[0]
+    whole = "".join(f"<|{role}|>{text}</s>\n" for role, text in TURNS)
+    assert data.tokenizer.decode(block.input_ids) == whole.removesuffix("\n")
+    runs, run = [], []
+    for label in [*block.labels.tolist(), IGNORED]:
+        if label != IGNORED:
+            run.append(label)
+        elif run:
+            runs, run = [*runs, data.tokenizer.decode(run)], []
+    assert runs == ["Two.</s>", "None.</s>"]
+
+
+def test_both_forms_are_the_same(chat):
+    first = chat([openai(TURNS)]).train[0]
+    second = chat([sharegpt(TURNS)]).train[0]
+    assert first.input_ids.tolist() == second.input_ids.tolist()
+    assert first.labels.tolist() == second.labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (openai([("wizard", "x"), ("assistant", "y")]), "turn 1 has the unknown role 'wizard'"),
+        (openai([("user", "x"), ("assistant", " ")]), "turn 2 has no text in 'content'"),
+        (openai([("user", "x")]), "there is no response to learn from"),
+        ({"dialogue": []}, "there is no column 'messages' or 'conversations'"),
+    ],
+)
+def test_a_dialogue_that_cannot_be_used_is_named_or_counted(chat, row, reason):
+    with pytest.raises(UserError) as caught:
+        chat([openai(TURNS), row])
+    assert f"row 2: {reason}; mend it" in str(caught.value)
+    data = chat([openai(TURNS), row], on_bad_row="skip")
+    assert (len(data.train), data.counts["training"].rows_skipped) == (1, 1)
+
+
+def test_a_tokenizer_without_template_is_named(chat):
+    with pytest.raises(UserError, match="has no chat template; take that of an instruction-tuned"):
+        chat([openai(TURNS)], template=None)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_matters(chat):
+    assert len(chat([openai(TURNS[:3])], template=FORGETFUL).train) == 1
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        chat([openai(TURNS)], template=FORGETFUL)
