@@ -42,7 +42,7 @@ def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         yield aside
-        aside.chmod(0o755)
+        _open_to_others(aside)
         _flush(aside)
         _move_into_place(aside, path)
     except (OSError, SafetensorError) as error:
@@ -91,6 +91,13 @@ def _move_into_place(aside: Path, path: Path) -> None:
         finally:
             if not path.exists():
                 old.rename(path)
+
+
+def _open_to_others(folder: Path) -> None:
+    """Give the files the permissions that the user's umask grants; libraries write private ones."""
+    os.umask(mask := os.umask(0))
+    for path in [*folder.rglob("*"), folder]:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _flush(folder: Path) -> None:

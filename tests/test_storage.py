@@ -1,4 +1,5 @@
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -189,3 +190,15 @@ def test_a_damaged_file_is_named(tmp_path):
     assert str(caught.value).endswith("; it is damaged or incomplete: copy or download it again.")
     with pytest.raises(UserError, match=r"absent does not exist\.$"):
         read(tmp_path / "absent")
+
+
+def test_files_get_the_permissions_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with new_folder(tmp_path / "new") as aside:
+            (aside / "private").touch(0o600)
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new").iterdir()]
+    assert modes == [0o640]
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o750

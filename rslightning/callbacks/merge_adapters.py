@@ -1,6 +1,5 @@
 """When the fit ends: leave `adapter/` for PEFT, `merged/` for everybody, and say what it cost."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, final
@@ -11,10 +10,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from rslightning.errors import UserError
-from rslightning.model_folder import CONFIG_FILE, ModelFolder, find_model_folder, read_json
+from rslightning.model_folder import ModelFolder, find_model_folder
 from rslightning.rslora import collect_adapter, write_adapter
 from rslightning.rslora.linear import adapter_layers
-from rslightning.rslora.merge_folder import MergeReport, dtype_name, merge_folder
+from rslightning.rslora.merge_folder import MergeReport, copy_description, merge_folder
 from rslightning.storage import new_folder
 
 ADAPTER_FOLDER: Final = "adapter"
@@ -136,19 +135,15 @@ def language_model(module: nn.Module) -> Any:
 
 
 def _write_full(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
-    """Save a fully fine-tuned model with the files that lay beside its base."""
+    """Save a fully fine-tuned model with the description that lay beside its base."""
     state = {
         name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
         for name, tensor in model.state_dict().items()
     }
     base = ModelFolder(find_model_folder(model.config.name_or_path))
     with new_folder(folder, replace=True) as aside:
-        for path in base.other_files():
-            (aside / path.name).write_bytes(path.read_bytes())
         model.save_pretrained(aside, state_dict=state)
-        if dtype:  # save_pretrained writes the dtype of the model in training
-            config = read_json(aside / CONFIG_FILE) | {"dtype": dtype_name(dtype)}
-            (aside / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        copy_description(base, aside, dtype or model.dtype)
 
 
 def _announce(report: MergeReport, folder: Path) -> None:

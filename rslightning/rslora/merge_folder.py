@@ -127,7 +127,7 @@ def merge_folder(
     if list(base.shards) != [WEIGHTS_FILE]:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (output / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    _copy_description(base, output, dtype)
+    copy_description(base, output, dtype)
     report.layers = {path: report.layers[path] for path in adapter.layers}
     return report
 
@@ -180,7 +180,8 @@ def _oriented(path: str, delta: Tensor, shape: tuple[int, ...], transposed: bool
     )
 
 
-def _copy_description(base: ModelFolder, output: Path, dtype: torch.dtype | None) -> None:
+def copy_description(base: ModelFolder, output: Path, dtype: torch.dtype | None) -> None:
+    """Copy configuration, tokenizer and templates of `base`, with another dtype if one is given."""
     for path in base.other_files():
         shutil.copyfile(path, output / path.name)
     if dtype is not None:

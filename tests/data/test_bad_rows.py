@@ -93,6 +93,4 @@ def test_a_missing_column_is_named(tmp_path, model_folder):
     path = write(tmp_path / "rows.jsonl", [{"question": "Q", "reply": "R"}] * 3)
     with pytest.raises(UserError) as caught:
         gsm8k(path, model_folder)
-    assert str(caught.value) == (
-        f"{path} has no column 'answer'; its columns are question, reply."
-    )
+    assert str(caught.value) == (f"{path} has no column 'answer'; its columns are question, reply.")

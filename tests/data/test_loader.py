@@ -77,9 +77,7 @@ def test_a_value_is_computed_from_the_rows_of_all_processes():
 
     shards = [
         list(
-            OrderedLoader(
-                ROWS, 3, with_value, shuffle=True, rank=r, world_size=2, step_value=sums
-            )
+            OrderedLoader(ROWS, 3, with_value, shuffle=True, rank=r, world_size=2, step_value=sums)
         )
         for r in range(2)
     ]
