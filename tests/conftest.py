@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 CACHE = tempfile.TemporaryDirectory(prefix="rslightning-tests-")  # removed when the tests are over
 os.environ["HF_DATASETS_CACHE"] = f"{CACHE.name}/datasets"
 os.environ["RSLIGHTNING_CACHE"] = f"{CACHE.name}/rslightning"
+torch.set_num_threads(1)  # on tiny models a second thread waits more than it works
 os.environ.setdefault("RSLIGHTNING_CACHE", f"{CACHE.name}/rslightning")
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -367,7 +367,7 @@ def test_a_checkpoint_holds_the_trainable_state_in_plain_values(saved):
             "alpha_pattern": {},
         },
         "dtype": "float32",
-        "attention": "sdpa",
+        "attention": None,
         "pretrained": True,
     }
 

@@ -147,11 +147,11 @@ def _write_full(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
 
 
 def _announce(report: MergeReport, folder: Path) -> None:
-    rank_zero_info(f"adapter: {folder / ADAPTER_FOLDER} (PEFT layout)")
+    difference = report.largest_logit_difference
+    logits = "" if difference is None else f"; largest logit difference {difference:.2g}"
     rank_zero_info(
-        f"merged:  {folder / MERGED_FOLDER} ({report.dtype}; rounding lost at most "
-        f"{report.largest_lost_share:.2%} of a layer's update; largest logit difference "
-        f"{report.largest_logit_difference})"
+        f"merged {len(report.layers)} layers in {report.dtype}: rounding lost at most "
+        f"{report.worst} of a layer's update{logits}"
     )
     if report.warning:
         rank_zero_warn(report.warning)

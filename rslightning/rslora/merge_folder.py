@@ -62,6 +62,12 @@ class MergeReport:
         return max((layer.lost_share for layer in self.layers.values()), default=0.0)
 
     @property
+    def worst(self) -> str:
+        """The largest `lost_share` in words: percent, or how many times the update itself."""
+        share = self.largest_lost_share
+        return f"{share:.2g} times it" if share > 1 else f"{share:.1%}"
+
+    @property
     def warning(self) -> str | None:
         """One sentence if rounding lost a large share of an update, else None."""
         bad = [path for path, x in self.layers.items() if x.lost_share > LOST_SHARE_WARNING]
@@ -69,7 +75,7 @@ class MergeReport:
             return None
         return (
             f"Rounding to {self.dtype} lost more than {LOST_SHARE_WARNING:.0%} of the update in "
-            f"{len(bad)} of {len(self.layers)} layers (at most {self.largest_lost_share:.0%}, "
+            f"{len(bad)} of {len(self.layers)} layers (at most {self.worst}, "
             f"{bad[0]} first); merge with dtype float32 to keep it."
         )
 

@@ -260,7 +260,7 @@ def test_the_warning_names_dtype_share_and_first_layer():
     report = MergeReport("bfloat16", layers)
     assert report.largest_lost_share == 0.52
     assert report.warning == (
-        "Rounding to bfloat16 lost more than 20% of the update in 2 of 3 layers (at most 52%, b "
+        "Rounding to bfloat16 lost more than 20% of the update in 2 of 3 layers (at most 52.0%, b "
         "first); merge with dtype float32 to keep it."
     )
     assert MergeReport("bfloat16", {"a": layers["a"]}).warning is None
