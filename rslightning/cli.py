@@ -6,6 +6,7 @@ because groups merge across several `--config` files where lists are replaced.
 
 import argparse
 import difflib
+import errno
 import logging
 import os
 import re
@@ -28,7 +29,7 @@ from rslightning.callbacks.predictions import WritePredictions
 from rslightning.checkpoint import read_checkpoint
 from rslightning.data import TextDataModule
 from rslightning.data.show import describe_blocks
-from rslightning.errors import UserError
+from rslightning.errors import RunError, UserError
 from rslightning.module import CausalLMModule
 from rslightning.recipes import find_config
 
@@ -44,6 +45,8 @@ BOILERPLATE: Final = re.compile(
     r"[\s-]*(Does not validate|Subtypes:|Errors:|Given value|Parser key|Problem with given"
     r"|Expected a <class 'NoneType'>)"
 )
+
+DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 SUBCOMMANDS: Final = ("fit", "validate", "test", "predict")
 
@@ -105,7 +108,7 @@ class RecipeCLI(LightningCLI):
             super().instantiate_classes()
         except UserError:
             raise
-        except (ValueError, MisconfigurationException) as error:
+        except ValueError as error:
             raise UserError(explain(str(error))) from error
 
     def before_fit(self) -> None:
@@ -150,6 +153,7 @@ def run(arguments: Sequence[str]) -> None:
 
     Raises:
         UserError: If an option or a configuration is wrong; one sentence, with the nearest name.
+        RunError: If the disk is full.
     """
     _parse(arguments)
 
@@ -176,6 +180,16 @@ def _parse(arguments: Sequence[str], run: bool = True) -> RecipeCLI:
         return RecipeCLI(_resolve_configs(arguments), run)
     except argparse.ArgumentError as error:
         raise UserError(explain(str(error))) from None
+    except MisconfigurationException as error:
+        raise UserError(" ".join(str(error).split())) from error
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise RunError(f"The disk took no more: {error.strerror}.") from error
+    except SystemExit as stop:  # what Lightning makes of an interrupt
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _resolve_configs(arguments: Sequence[str]) -> list[str]:

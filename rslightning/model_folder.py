@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from rslightning.assets import resolve_asset
+from rslightning.assets import PREFIX, resolve_asset
 from rslightning.errors import UserError
 from rslightning.storage import open_tensors
 
@@ -100,6 +100,11 @@ def find_model_folder(name: str, revision: str | None = None) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"Base model {name} does not exist.")
     return _fetch(name, revision)
+
+
+def is_hub_name(name: str) -> bool:
+    """Tell whether `find_model_folder` takes `name` to the Hub, where it means the same to all."""
+    return not name.startswith(PREFIX) and not Path(name).expanduser().is_dir()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class CausalLMModule(LightningModule):
         self.model = None
         self.injection: InjectionReport | None = None
         self.mean_nats = MeanMetric()
-        self._step_nats: list[tuple[Tensor, Tensor]] = []
+        self._window: list[tuple[Tensor, Tensor]] = []  # micro-batches of the open step
 
     def configure_model(self) -> None:
         """Load the base, inject the adapters; a second call does nothing."""
@@ -106,6 +106,7 @@ class CausalLMModule(LightningModule):
             self.activation_checkpointing,
             self.trust_remote_code,
         )
+        model.config.name_or_path = self.base_model  # not the place in a cache that it came from
         if self.adapter is not None:
             self.injection = inject_adapters(model, self.adapter)
             if self.injection.warning:
@@ -147,13 +148,14 @@ class CausalLMModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the micro-batch's part of the mean nats per target token of the step."""
         nats, targets = self.nats(batch)
-        self._step_nats.append((nats.detach(), targets))
+        self._window.append((nats.detach(), targets))
         return nats / (targets if batch.step_targets is None else batch.step_targets).clamp(min=1)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the loss over all micro-batches of the step."""
-        nats, targets = (torch.stack(column).sum() for column in zip(*self._step_nats, strict=True))
-        self._step_nats.clear()
+        """Log the loss over all micro-batches and processes of the step."""
+        sums = torch.stack([torch.stack([nats, targets.float()]) for nats, targets in self._window])
+        self._window.clear()
+        nats, targets = self.trainer.strategy.reduce(sums.sum(0), reduce_op="sum")
         loss = nats / targets.clamp(min=1)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/perplexity", loss.exp())
@@ -241,8 +243,8 @@ class CausalLMModule(LightningModule):
     def _log_mean(self, stage: str) -> None:
         loss = self.mean_nats.compute()
         self.mean_nats.reset()
-        self.log(f"{stage}/loss", loss, prog_bar=True)
-        self.log(f"{stage}/perplexity", loss.exp())
+        self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True)  # the same everywhere
+        self.log(f"{stage}/perplexity", loss.exp(), sync_dist=True)
 
 
 def _structure(hparams: Mapping[str, Any]) -> dict[str, Any]:

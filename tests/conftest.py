@@ -18,7 +18,6 @@ CACHE = tempfile.TemporaryDirectory(prefix="rslightning-tests-")  # removed when
 os.environ["HF_DATASETS_CACHE"] = f"{CACHE.name}/datasets"
 os.environ["RSLIGHTNING_CACHE"] = f"{CACHE.name}/rslightning"
 torch.set_num_threads(1)  # on tiny models a second thread waits more than it works
-os.environ.setdefault("RSLIGHTNING_CACHE", f"{CACHE.name}/rslightning")
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -15,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rslightning import __version__
+from rslightning import CausalLMModule, __version__
 from rslightning.__main__ import main
 from rslightning.cli import explain, known_keys
 from rslightning.recipes import packaged_names, packaged_root
@@ -180,6 +181,25 @@ def test_an_interrupt_has_its_own_status(monkeypatch):
     assert run("fit") == (130, "", "rslightning: interrupted\n")
 
 
+def test_an_interrupted_fit_keeps_its_checkpoint(recipe, monkeypatch):
+    step = CausalLMModule.training_step
+
+    def interrupt(module, batch, batch_idx):
+        if batch_idx == 2:
+            raise KeyboardInterrupt
+        return step(module, batch, batch_idx)
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(CausalLMModule, "training_step", interrupt)
+    try:
+        outcome = run("fit", "--config", recipe)
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning leaves it deaf
+    assert said(outcome, status=130) == "interrupted"
+    saved = torch.load("runs/tiny/version_0/checkpoints/step-2.ckpt", weights_only=True)
+    assert saved["global_step"] == 2
+
+
 # --- recipes --------------------------------------------------------------------------------------
 
 
@@ -189,7 +209,7 @@ def test_recipes_are_listed_with_their_purpose():
     lines = dict(line.split(maxsplit=1) for line in outcome.out.splitlines())
     assert list(lines) == packaged_names()
     assert "recipes/quickstart.yaml" in lines
-    assert all(purpose.endswith(".") for purpose in lines.values())
+    assert all(purpose[-1] in ".?" for purpose in lines.values())
 
 
 def test_a_recipe_is_shown_and_copied(tmp_path, monkeypatch):
@@ -254,7 +274,7 @@ def test_a_recipe_is_shown_and_copied(tmp_path, monkeypatch):
         ("--trainer.max_steps x", "trainer.max_steps: Expected int. Got value: x"),
         (
             "--trainer.devices 0",
-            "`Trainer(devices='0')` value is not a valid input using cpu accelerator",
+            "`Trainer(devices='0')` value is not a valid input using cpu accelerator.",
         ),
         ("--checkpoint.every_n_steps x", "checkpoint.every_n_steps: Expected int. Got value: x"),
         ("--ckpt_path no.ckpt", "There is no checkpoint no.ckpt."),
@@ -372,6 +392,30 @@ def test_a_target_that_there_is_not(recipe):
     message = said(run("fit", "--config", recipe, "--model.adapter.targets", '["q_prj"]'))
     assert "'q_prj'" in message
     assert "did you mean 'q_proj'?" in message
+
+
+def test_a_schedule_that_needs_a_metric(recipe):
+    schedule = "torch.optim.lr_scheduler.ReduceLROnPlateau"
+    message = said(run("fit", "--config", recipe, "--model.lr_scheduler", schedule))
+    assert "must include a monitor when a `ReduceLROnPlateau` scheduler is used" in message
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "message"),
+    [
+        (20_000, "The disk took no more: File too large."),  # less than a checkpoint
+        (80_000, "Could not write "),  # more than a checkpoint, less than the merged model
+    ],
+)
+def test_a_fit_onto_a_full_disk(recipe, small_disk, max_bytes, message):
+    with small_disk(max_bytes):
+        outcome = run("fit", "--config", recipe)
+    assert said(outcome, status=1).startswith(message)
+    whole = {"config.yaml", "hparams.yaml", "adapter", "checkpoints"}
+    for path in Path("runs/tiny/version_0").iterdir():
+        assert path.name in whole or path.name.startswith("events.out.tfevents")
+    for path in Path("runs/tiny/version_0").glob("checkpoints/*"):
+        torch.load(path, weights_only=True)
 
 
 @pytest.mark.parametrize("content", [b"no archive", None])

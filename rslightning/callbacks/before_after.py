@@ -68,11 +68,11 @@ class BeforeAfter(Callback):
         random_state = torch.get_rng_state()
         module.eval()
         with trainer.precision_plugin.forward_context():
-            nats, targets = 0.0, 0
-            for batch in data.val_dataloader():
+            sums = torch.zeros(2, dtype=torch.float64, device=module.device)  # nats, targets
+            for batch in data.val_dataloader():  # each process has its share
                 batch = trainer.strategy.batch_to_device(batch, module.device)
-                batch_nats, batch_targets = module.nats(batch)
-                nats, targets = nats + float(batch_nats), targets + int(batch_targets)
+                sums += torch.stack([value.double() for value in module.nats(batch)])
+            nats, targets = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
             prompt = trainer.strategy.batch_to_device(
                 data.prompt_batch([self.example]), module.device
             )

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from rslightning.errors import UserError
-from rslightning.model_folder import ModelFolder, find_model_folder
+from rslightning.model_folder import ModelFolder, find_model_folder, is_hub_name
 from rslightning.rslora import collect_adapter, write_adapter
 from rslightning.rslora.linear import adapter_layers
 from rslightning.rslora.merge_folder import MergeReport, copy_description, merge_folder
@@ -86,8 +86,9 @@ class MergeAdapters(Callback):
             _write_full(model, folder / MERGED_FOLDER, self.dtype)
             rank_zero_info(f"merged: {folder / MERGED_FOLDER} (full fine-tuning, nothing to merge)")
             return
-        base = find_model_folder(self.base_model or model.config.name_or_path)
-        adapter = collect_adapter(model, str(base))
+        name = self.base_model or model.config.name_or_path
+        base = find_model_folder(name)
+        adapter = collect_adapter(model, name if is_hub_name(name) else str(base))
         write_adapter(adapter, folder / ADAPTER_FOLDER, replace=True)
         with new_folder(folder / MERGED_FOLDER, replace=True) as aside:
             report = merge_folder(ModelFolder(base), adapter, aside, self.dtype)

@@ -223,6 +223,23 @@ def test_a_base_that_moved_is_named_by_the_option(
     assert (tmp_path / "merged/model.safetensors").exists()
 
 
+def test_a_base_of_the_hub_is_named_as_on_the_hub(
+    make_trainer, make_module, make_data, model_folder, tmp_path, monkeypatch
+):
+    cache = shutil.copytree(model_folder, tmp_path / "cache" / "snapshots" / "0123abcd")
+
+    def fetched(name, **options):
+        assert name == "somebody/tiny-llama"
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    fit(make_trainer, make_module("somebody/tiny-llama"), make_data(), MergeAdapters())
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "somebody/tiny-llama"
+    for path in (tmp_path / "merged").glob("*.json"):
+        assert "snapshots" not in path.read_text()
+
+
 def test_a_full_disk_is_one_sentence_and_no_half_folder(
     make_trainer, make_module, make_data, tmp_path, small_disk
 ):
