@@ -38,6 +38,9 @@ def run(*arguments) -> Outcome:
             status = main([str(argument) for argument in arguments])
         except SystemExit as exit_:
             status = exit_.code or 0
+        finally:
+            for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # what seed_everything leaves
+                os.environ.pop(name, None)
     return Outcome(status, out.getvalue(), err.getvalue())
 
 

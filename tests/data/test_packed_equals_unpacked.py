@@ -30,6 +30,7 @@ def llama(attention):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        initializer_range=0.2,  # so that attention matters
         attn_implementation=attention,
     )
     return LlamaForCausalLM(config)
@@ -125,4 +126,4 @@ def test_a_row_without_borders_is_noticed():
         return torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)
 
     leaky, _, _ = loss_and_gradients(model, blocks, one_example_per_row)
-    assert abs(float(leaky - nats)) > 1e-3 * float(nats)
+    assert abs(float(leaky - nats)) > 1e-4 * float(nats)  # ten times what equality allows
