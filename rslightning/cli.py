@@ -5,11 +5,9 @@ because groups merge across several `--config` files where lists are replaced.
 """
 
 import argparse
-import difflib
 import errno
 import logging
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -27,6 +25,7 @@ from rslightning.callbacks import BeforeAfter, MergeAdapters, RunSummary, Traina
 from rslightning.callbacks.merge_adapters import run_folder
 from rslightning.callbacks.predictions import WritePredictions
 from rslightning.checkpoint import read_checkpoint
+from rslightning.cli_errors import explain
 from rslightning.data import TextDataModule
 from rslightning.data.show import describe_blocks
 from rslightning.errors import RunError, UserError
@@ -41,10 +40,6 @@ GROUPS: Final[dict[str, tuple[Any, dict[str, Any] | None]]] = {
 }
 
 # Lines of jsonargparse that say where it was, not what is wrong.
-BOILERPLATE: Final = re.compile(
-    r"[\s-]*(Does not validate|Subtypes:|Errors:|Given value|Parser key|Problem with given"
-    r"|Expected a <class 'NoneType'>)"
-)
 
 DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -109,7 +104,7 @@ class RecipeCLI(LightningCLI):
         except UserError:
             raise
         except ValueError as error:
-            raise UserError(explain(str(error))) from error
+            raise UserError(explain(str(error), known_keys())) from error
 
     def before_fit(self) -> None:
         """Refuse a checkpoint that cannot be read, where Lightning would show a traceback."""
@@ -179,7 +174,7 @@ def _parse(arguments: Sequence[str], run: bool = True) -> RecipeCLI:
     try:
         return RecipeCLI(_resolve_configs(arguments), run)
     except argparse.ArgumentError as error:
-        raise UserError(explain(str(error))) from None
+        raise UserError(explain(str(error), known_keys())) from None
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
     except OSError as error:
@@ -225,55 +220,6 @@ def _check_checkpoint(path: str | None) -> None:
         raise UserError(f"There is no checkpoint {path}.")
     if Path(path).is_file():
         read_checkpoint(Path(path))
-
-
-def explain(message: str) -> str:
-    """Reduce an error of jsonargparse to one sentence, with the nearest key where one is wrong."""
-    wrong = _wrong_key(message)
-    if wrong is not None:
-        close = _nearest_key(wrong)
-        hint = f"; did you mean {close}?" if close else "; see rslightning fit --help."
-        return f"There is no option {wrong}{hint}"
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    reasons = dict.fromkeys(_plainly(line) for line in lines if not BOILERPLATE.match(line))
-    reason = "; ".join(reasons) or message
-    given = re.search(r"^\s*Given value: ([^{(\[]{1,60})$", message, re.MULTILINE)
-    if given and "got " not in reason.lower():
-        reason += f"; got {given[1]}"
-    key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    return f"{key}: {reason}" if key and key not in reason else reason
-
-
-def _plainly(line: str) -> str:
-    """Say a type as its name, and a choice as its values."""
-    line = re.sub(r"(a )?<class '(?:\w+\.)*(\w+)'>", r"\2", line)
-    line = re.sub(r"(a )?typing\.Literal\[(.*?)\]", r"one of \2", line)
-    return line.removesuffix(".")
-
-
-def _nearest_key(wrong: str) -> str | None:
-    """Return the key that was probably meant: of the same last segment, else of a like spelling."""
-    keys = list(known_keys())
-    last = wrong.rpartition(".")[2]
-    same = [key for key in keys if key.rpartition(".")[2] == last]
-    close = difflib.get_close_matches(wrong, same, n=1, cutoff=0.0)
-    close = close or difflib.get_close_matches(wrong, keys, n=1, cutoff=0.5)
-    return close[0] if close else None
-
-
-def _wrong_key(message: str) -> str | None:
-    """Return the option that an error calls unknown, as far as the error names its group."""
-    if found := re.search(r"unrecognized arguments: --?([\w.+]+)", message):
-        return found[1]
-    if found := re.search(r"Option '([\w.]+)' is not accepted before subcommand", message):
-        return None
-    option = re.search(r"[Oo]ption '([\w.]+)'(?: is not accepted)?", message)
-    if option is None:
-        return None
-    group = re.search(r"Group '([\w.]+)'", message)
-    keys = re.findall(r'Parser key "([\w.]+)"', message)
-    prefix = group[1] if group else ".".join(keys)
-    return f"{prefix}.{option[1]}" if prefix else option[1]
 
 
 def known_keys() -> Iterator[str]:

@@ -178,6 +178,8 @@ class CausalLMModule(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the ids [B, max_new_tokens] that greedy decoding writes after each prompt."""
+        if len(batch.input_ids) == 0:  # of several processes, the last may have no row left
+            return batch.input_ids
         return self.generate(batch)
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from rslightning.assets import resolve_asset
 from rslightning.checkpoint import load_adapter
 from rslightning.errors import UserError
 from rslightning.model_folder import ModelFolder, find_model_folder
@@ -42,8 +43,9 @@ def merge(arguments: argparse.Namespace) -> None:
 def export(arguments: argparse.Namespace) -> None:
     """Write the adapter as a folder that PEFT reads."""
     adapter = load_adapter(arguments.checkpoint)
-    if arguments.base_model:
-        adapter = replace(adapter, base_model=arguments.base_model)
+    base_model = arguments.base_model or adapter.base_model
+    if base_model is not None:  # a reader elsewhere does not know what asset:NAME means
+        adapter = replace(adapter, base_model=resolve_asset(base_model))
     write_adapter(adapter, arguments.output, arguments.fold_scaling)
     how = "gamma folded into B" if arguments.fold_scaling else "PEFT layout"
     print(f"Exported the adapters of {len(adapter.layers)} layers to {arguments.output} ({how}).")

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rslightning import CausalLMModule, __version__
 from rslightning.__main__ import main
-from rslightning.cli import explain, known_keys
+from rslightning.cli import known_keys
+from rslightning.cli_errors import explain
 from rslightning.recipes import packaged_names, packaged_root
 
 
@@ -338,7 +339,7 @@ def test_a_file_that_is_no_yaml_is_one_line(recipe):
 
 
 def test_an_error_that_names_no_key_stays_a_sentence():
-    assert explain("something\nwent wrong") == "something; went wrong"
+    assert explain("something\nwent wrong", known_keys()) == "something; went wrong"
 
 
 def test_known_keys_reach_into_groups_and_records():

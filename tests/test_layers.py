@@ -27,8 +27,9 @@ ALLOWED = {
     "module": {"batch", "errors", "hf", "losses", "model_folder", "rslora"},
     "callbacks": {"cost", "errors", "model_folder", "rslora", "storage"},
     "recipes": {"errors"},
-    "verbs": {"checkpoint", "errors", "model_folder", "rslora", "storage"},
-    "cli": {"callbacks", "checkpoint", "data", "errors", "module", "recipes"},
+    "verbs": {"assets", "checkpoint", "errors", "model_folder", "rslora", "storage"},
+    "cli_errors": set(),
+    "cli": {"cli_errors", "callbacks", "checkpoint", "data", "errors", "module", "recipes"},
     "__init__": {"module"},
     "__main__": {"__init__", "cli", "errors"},
 }

@@ -93,7 +93,8 @@ class RunSummary(Callback):
             "merged": folder / MERGED_FOLDER,
         }
         lines = [f"  {name:<12} {path}" for name, path in places.items() if path.exists()]
-        lines.append(f"  TensorBoard  tensorboard --logdir {folder.parent}")
+        if trainer.loggers:
+            lines.append(f"  TensorBoard  tensorboard --logdir {folder.parent}")
         rank_zero_info("\n".join(lines))
 
 

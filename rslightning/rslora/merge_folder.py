@@ -126,7 +126,7 @@ def merge_folder(
                         path, weight, adapter.layers[path], target
                     )
                 else:
-                    shard[name] = weight.to(target)
+                    shard[name] = _cast(name, weight, target)
         save_tensors(shard, output / file)
         weight_map |= dict.fromkeys(names, file)
         total_size += sum(t.numel() * t.element_size() for t in shard.values())
@@ -171,6 +171,14 @@ def _merge(
         update_norm=float(delta.double().norm()),
         lost_share=lost_share(weight, delta, merged),
     )
+
+
+def _cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight without adapter in another dtype; float16 is too small for some."""
+    cast = weight.to(dtype)
+    if cast.dtype != weight.dtype and not torch.isfinite(cast).all():
+        raise RunError(f"{name} has entries that are not finite in {dtype_name(dtype)}.")
+    return cast
 
 
 def _oriented(path: str, delta: Tensor, shape: tuple[int, ...], transposed: bool) -> Tensor:

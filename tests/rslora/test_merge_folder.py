@@ -382,3 +382,20 @@ def test_one_file_goes_before_an_index_as_in_transformers(tiny_llama, tmp_path):
     assert [path.name for path in (tmp_path / "merged").glob("*safetensors*")] == [WEIGHTS_FILE]
     result = tensors_of(tmp_path / "merged")
     assert torch.equal(result["lm_head.weight"], loaded["lm_head.weight"])
+
+
+def test_a_weight_without_adapter_that_float16_cannot_hold_is_refused(tmp_path, tiny_llama):
+    with torch.no_grad():
+        tiny_llama.model.embed_tokens.weight[3, 5] = 1e6
+    tiny_llama.save_pretrained(tmp_path / "base")
+    inject_adapters(tiny_llama, AdapterSpec(rank=2, targets=["up_proj"]))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(
+        RunError, match=r"^model\.embed_tokens\.weight has entries that are not fin"
+    ):
+        merge_folder(
+            ModelFolder(tmp_path / "base"),
+            collect_adapter(tiny_llama),
+            tmp_path / "out",
+            torch.float16,
+        )
