@@ -21,7 +21,7 @@ BLOCK = 512
 def ours(data: Path, tokenizer: Path, cache: str) -> tuple[float, int]:
     """Return seconds and blocks of a start with the given cache folder."""
     from rslightning.data import GSM8K
-    from rslightning.data.base import load_tokenizer
+    from rslightning.data.tokenizer import load_tokenizer
 
     os.environ["RSLIGHTNING_CACHE"] = cache
     module = GSM8K(str(data), str(tokenizer), max_length=BLOCK, held_out_examples=1)

@@ -3,7 +3,6 @@
 import inspect
 import json
 import random
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,7 +12,6 @@ from typing import Any, ClassVar, Final, Literal
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
-from rslightning.assets import resolve_asset
 from rslightning.batch import Batch
 from rslightning.data.blocks import Blocks
 from rslightning.data.build import BLOCKS_FILE, COUNTS_FILE, TEXTS_FILE, Encoding, PartBuilder
@@ -22,6 +20,7 @@ from rslightning.data.collate import collate_blocks, pad_prompts
 from rslightning.data.encode import Counts, Turns, encode_prompts
 from rslightning.data.loader import OrderedLoader
 from rslightning.data.rows import Rows, find_rows
+from rslightning.data.tokenizer import load_tokenizer, tokenizer_identity
 from rslightning.errors import UserError
 
 SETTINGS: Final = (
@@ -226,7 +225,7 @@ class TextDataModule(LightningDataModule, ABC):
                 "part": name,
                 "rows": rows.identity(),
                 "own_split": own_split,
-                "tokenizer": _tokenizer_identity(self.tokenizer),
+                "tokenizer": tokenizer_identity(self.tokenizer),
                 "template": _source(type(self)),
                 "settings": {name: getattr(self, name) for name in (*SETTINGS, *self.settings)},
             }
@@ -266,35 +265,6 @@ class TextDataModule(LightningDataModule, ABC):
                 return order[:count]
             order = order[count:]
         return order[: self.num_examples]
-
-
-def load_tokenizer(name: str) -> Any:
-    """Return the tokenizer of a Hub name, folder or asset.
-
-    Raises:
-        UserError: If there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    folder = resolve_asset(name)
-    if folder.startswith((".", "/", "~")):
-        folder = str(Path(folder).expanduser())
-        if not Path(folder).is_dir():
-            raise UserError(f"Tokenizer folder {name} does not exist.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # the tokenizer's loaders raise bare Exception, too
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(f"{name} has no tokenizer that can be loaded: {first_line}") from error
-    tokenizer.model_max_length = sys.maxsize  # rows are cut, and counted, here; it would only warn
-    return tokenizer
-
-
-def _tokenizer_identity(tokenizer: Any) -> list[Any]:
-    """Return what makes two tokenizers encode alike."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    return [vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template]
 
 
 def _source(kind: type) -> str:

@@ -5,7 +5,7 @@ import torch
 
 from rslightning.batch import IGNORED
 from rslightning.data import GSM8K, OpenOrca, PlainText
-from rslightning.data.base import load_tokenizer
+from rslightning.data.tokenizer import load_tokenizer
 from rslightning.errors import UserError
 
 

@@ -1,8 +1,8 @@
 import pytest
 
 from rslightning.batch import IGNORED
-from rslightning.data.base import load_tokenizer
 from rslightning.data.encode import Counts, Example, encode_prompts, encode_rows
+from rslightning.data.tokenizer import load_tokenizer
 
 PAIRS = [
     ("Question: how many?\nAnswer:\n", "Two cups."),
