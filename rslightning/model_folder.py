@@ -107,6 +107,12 @@ def is_hub_name(name: str) -> bool:
     return not name.startswith(PREFIX) and not Path(name).expanduser().is_dir()
 
 
+def absolute_name(name: str) -> str:
+    """Return a local folder's absolute path; a Hub name or `asset:NAME` as it is."""
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else name
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 

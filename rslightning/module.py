@@ -16,7 +16,7 @@ from rslightning import hf
 from rslightning.batch import Batch
 from rslightning.errors import UserError
 from rslightning.losses import token_nats
-from rslightning.model_folder import find_model_folder
+from rslightning.model_folder import absolute_name, find_model_folder
 from rslightning.rslora import AdapterSpec, InjectionReport, inject_adapters
 from rslightning.rslora.adapters import check_same_tensors
 from rslightning.rslora.linear import adapter_layers, is_conv1d
@@ -73,6 +73,7 @@ class CausalLMModule(LightningModule):
         super().__init__()
         if isinstance(adapter, Mapping):  # as checkpoints keep it
             adapter = AdapterSpec(**adapter)
+        base_model = absolute_name(base_model)  # for whoever reads a checkpoint elsewhere
         self.base_model, self.adapter = base_model, adapter
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.dtype_name, self.attention, self.pretrained = dtype, attention, pretrained
@@ -149,7 +150,7 @@ class CausalLMModule(LightningModule):
         """Return the micro-batch's part of the mean nats per target token of the step."""
         nats, targets = self.nats(batch)
         self._window.append((nats.detach(), targets))
-        return nats / (targets if batch.step_targets is None else batch.step_targets).clamp(min=1)
+        return nats / (targets.clamp(min=1) if batch.step_targets is None else batch.step_targets)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the loss over all micro-batches and processes of the step."""

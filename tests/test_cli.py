@@ -358,11 +358,11 @@ def test_a_base_that_is_not_there(recipe, tmp_path):
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_base_without_its_weights(recipe, model_folder, damage):
-    base = shutil.copytree(model_folder, "base")
-    weights = Path(base) / "model.safetensors"
+    base = Path(shutil.copytree(model_folder, "base")).absolute()
+    weights = base / "model.safetensors"
     if damage == "missing":
         weights.unlink()
-        message = "base has no model.safetensors and no model.safetensors.index.json."
+        message = f"{base} has no model.safetensors and no model.safetensors.index.json."
     else:
         weights.write_bytes(weights.read_bytes()[:-1])
         message = f"{weights} cannot be read as safetensors ("
@@ -383,7 +383,8 @@ def test_a_tokenizer_of_a_larger_vocabulary(recipe, model_folder, orca_folder):
         message = said(run(verb, "--config", recipe, "--model.base_model", "base"))
         assert message.startswith("The data has token id ")
         assert message.endswith(
-            ", but base has a vocabulary of 100: tokenizer and model do not belong together."
+            f", but {Path('base').absolute()} has a vocabulary of 100: "
+            "tokenizer and model do not belong together."
         )
 
 

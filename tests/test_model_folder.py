@@ -10,6 +10,7 @@ from rslightning.model_folder import (
     INDEX_FILE,
     WEIGHTS_FILE,
     ModelFolder,
+    absolute_name,
     find_model_folder,
     read_json,
     unique_key,
@@ -171,3 +172,11 @@ def test_a_key_with_or_without_its_first_segment():
     assert unique_key({"model.a.weight", "a.weight"}, "model.a.weight") == "model.a.weight"
     assert unique_key(["a.weight"], "model.a.weight") == "a.weight"
     assert unique_key(iter(["weight"]), "model.a.weight") is None
+
+
+def test_a_folder_is_named_by_its_absolute_path(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert absolute_name("base") == absolute_name("./base") == str(tmp_path / "base")
+    for name in ("somebody/model", "asset:toy_llama", "./nowhere"):
+        assert absolute_name(name) == name

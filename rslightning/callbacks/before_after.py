@@ -1,11 +1,12 @@
 """Show what a fit changed: held-out loss and one answer, before and after."""
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import final
 
 from rslightning.errors import UserError
 

@@ -1,10 +1,10 @@
 """Checkpoints that are counted in optimizer steps, of the trainable state."""
 
 from pathlib import Path
-from typing import final
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from typing_extensions import final
 
 
 @final

@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import final
 
 from rslightning.callbacks.merge_adapters import run_folder
 

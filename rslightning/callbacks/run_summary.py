@@ -2,12 +2,13 @@
 
 import time
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from typing_extensions import final
 
 from rslightning.callbacks.merge_adapters import (
     ADAPTER_FOLDER,

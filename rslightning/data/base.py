@@ -178,7 +178,7 @@ class TextDataModule(LightningDataModule, ABC):
         micro = self.trainer.accumulate_grad_batches if self.trainer else 1
         world_size = self.trainer.world_size if self.trainer else 1
         return [
-            sum(counts[i - i % micro : i - i % micro + micro]) / (micro * world_size)
+            max(1, sum(counts[i - i % micro : i - i % micro + micro])) / (micro * world_size)
             for i in range(len(order))
         ]
 
