@@ -1,7 +1,7 @@
 """Callbacks for any Lightning Trainer: one public class per file.
 
-They are marked with the `final` of typing_extensions, because jsonargparse reads the mark (it lets a
-group be written without `class_path`) and Python 3.10's own `final` leaves none.
+They carry the `final` of typing_extensions: jsonargparse reads that mark (it lets a group be
+written without `class_path`), and Python 3.10's own `final` leaves none.
 """
 
 from rslightning.callbacks.before_after import BeforeAfter
