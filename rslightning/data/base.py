@@ -106,7 +106,7 @@ class TextDataModule(LightningDataModule, ABC):
 
     def prepare_data(self) -> None:
         """Build the caches on one process, so that the others find them."""
-        self._load("fit")
+        self._load("fit" if self.trainer is None else str(self.trainer.state.fn.value))
 
     def setup(self, stage: str) -> None:
         """Open the caches; every process sees the same blocks."""

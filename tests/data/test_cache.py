@@ -69,6 +69,15 @@ def test_settings_of_batches_share_a_cache(cache, make_data):
     assert len(folders(cache)) == 2
 
 
+def test_validation_does_not_tokenize_the_training_rows(
+    cache, make_trainer, make_module, make_data
+):
+    make_trainer().validate(make_module(), make_data())
+    assert len(folders(cache)) == 1
+    make_trainer(max_steps=1).fit(make_module(), make_data())
+    assert len(folders(cache)) == 2
+
+
 def test_other_rows_template_or_tokenizer_is_another_cache(
     cache, orca_folder, model_folder, tmp_path
 ):
