@@ -3,7 +3,9 @@
 import json
 import os
 import resource
+import socket
 import tempfile
+import traceback
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -185,6 +187,41 @@ def quiet_trainer(root: Path, **options):
 def make_trainer(tmp_path):
     """Return a factory of quiet Trainers, whose run folder is `tmp_path`."""
     return partial(quiet_trainer, tmp_path)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def fork_processes(world_size, function):
+    """Fork processes that believe torchrun started them; return their exit codes.
+
+    `function(rank)` runs in each; every Lightning strategy joins them as if launched.
+    """
+    port, children = str(free_port()), []
+    for rank in range(world_size):
+        if (child := os.fork()) == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
+            try:
+                torch.set_num_threads(1)
+                function(rank)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+@pytest.fixture
+def run_processes():
+    """Return the function that forks processes of one group."""
+    return fork_processes
 
 
 @pytest.fixture

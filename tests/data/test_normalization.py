@@ -1,9 +1,5 @@
 """Micro-batches and processes give the gradient of the one big batch: nats over targets."""
 
-import os
-import socket
-import traceback
-
 import pytest
 import torch
 
@@ -41,34 +37,10 @@ def test_micro_batches_are_one_batch(make_trainer, make_module, make_data, packi
     assert_close(split, whole)
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def run_processes(world_size, function):
-    """Fork processes that believe a launcher started them; `function(rank)` in each."""
-    port, children = str(free_port()), []
-    for rank in range(world_size):
-        if (child := os.fork()) == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
-            try:
-                torch.set_num_threads(1)
-                function(rank)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
-
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_processes_are_one_batch(make_trainer, make_module, make_data, tmp_path, micro_batches):
+def test_processes_are_one_batch(
+    make_trainer, make_module, make_data, run_processes, tmp_path, micro_batches
+):
     makers = (make_trainer, make_module, make_data)
     options = {"steps": 4, "packing": False, "accumulate_grad_batches": micro_batches}
     data = make_data(max_length=64)
