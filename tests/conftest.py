@@ -166,6 +166,28 @@ def random_llama(vocabulary: int, **changes):
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **special, **(sizes | changes)))
 
 
+@pytest.fixture(scope="session")
+def make_llama():
+    """Return the factory of random Llamas: vocabulary, and what differs from the defaults."""
+    return random_llama
+
+
+def random_gpt2(**changes):
+    """Return a random GPT-2, whose linear maps are `Conv1D`; its attention output is square."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_inner": 40, "n_positions": 32}
+    special = {"bos_token_id": 0, "eos_token_id": 1}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=53, **(special | sizes | changes)))
+
+
+@pytest.fixture(scope="session")
+def make_gpt2():
+    """Return the factory of random GPT-2s: what differs from the defaults."""
+    return random_gpt2
+
+
 def quiet_trainer(root: Path, **options):
     """Return a Trainer on one CPU process that only computes; its run folder is `root`."""
     from lightning.pytorch import Trainer

@@ -16,6 +16,7 @@ from rslightning.callbacks.merge_adapters import (
     language_model,
     run_folder,
 )
+from rslightning.callbacks.scalars import optimizer_step, write_scalars
 from rslightning.cost import estimate_memory
 from rslightning.rslora.linear import LoRALinear, adapter_layers
 
@@ -27,6 +28,11 @@ class RunSummary(Callback):
     At the start: parameters, scaling factor, tokens per optimizer step, optimizer, estimated memory
     and the run folder. At the end: steps, tokens per second (validation time left out) and the
     paths of what the run wrote.
+
+    Logs:
+        data/<part>/<count>: what became of the rows of a part of the data (see
+            `rslightning.data.encode.Counts`): rows, rows cut, tokens lost, ...; once, at the first
+            step (of a stream at the last one, as the first process saw it), for a `TextDataModule`.
     """
 
     def __init__(self) -> None:
@@ -51,6 +57,7 @@ class RunSummary(Callback):
             "folder": str(run_folder(trainer)),
         }
         rank_zero_info("\n".join(f"  {name:<10} {text}" for name, text in lines.items() if text))
+        write_scalars(trainer, _data_counts(trainer), optimizer_step(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -76,6 +83,8 @@ class RunSummary(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the throughput."""
         seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
+        if getattr(getattr(trainer, "datamodule", None), "streaming", False):
+            write_scalars(trainer, _data_counts(trainer), trainer.global_step)
         tokens = int(self._tokens) * trainer.world_size
         targets = int(self._targets) * trainer.world_size
         rank_zero_info(
@@ -97,6 +106,17 @@ class RunSummary(Callback):
         if trainer.loggers:
             lines.append(f"  TensorBoard  tensorboard --logdir {folder.parent}")
         rank_zero_info("\n".join(lines))
+
+
+def _data_counts(trainer: Trainer) -> dict[str, float]:
+    """Return tag -> what became of the rows, but for those of a stream, which are yet to come."""
+    counts = getattr(getattr(trainer, "datamodule", None), "counts", {})
+    return {
+        f"data/{part}/{name}": value
+        for part, found in counts.items()
+        for name, value in found.as_dict().items()
+        if found.rows
+    }
 
 
 def _adapter_size(model: torch.nn.Module) -> int:

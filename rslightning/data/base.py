@@ -1,25 +1,29 @@
 """The base of all DataModules: rows -> turns -> ids and labels -> packed blocks -> `Batch`."""
 
+import hashlib
 import inspect
 import json
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
+import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from rslightning.batch import Batch
-from rslightning.data.blocks import Blocks
-from rslightning.data.build import BLOCKS_FILE, COUNTS_FILE, TEXTS_FILE, Encoding, PartBuilder
+from rslightning.data.blocks import Block, Blocks
+from rslightning.data.build import BLOCKS_FILE, COUNTS_FILE, TEXTS_FILE, Encoding, write_part
 from rslightning.data.cache import cache_key, cached_folder
 from rslightning.data.collate import collate_blocks, pad_prompts
 from rslightning.data.encode import Counts, Turns, encode_prompts
 from rslightning.data.loader import OrderedLoader
-from rslightning.data.rows import Rows, find_rows
+from rslightning.data.rows import Rows, TextUnit, check_columns, find_rows
+from rslightning.data.stream import ChunkReader, Position, StreamLoader
 from rslightning.data.tokenizer import load_tokenizer, tokenizer_identity
 from rslightning.errors import UserError
 
@@ -55,10 +59,14 @@ class TextDataModule(LightningDataModule, ABC):
         on_bad_row: `error` stops at a row that cannot be used; `skip` counts it.
         seed: Draws the subset and the order of the rows.
         num_workers: Processes that read and collate batches ahead.
+        streaming: Encode and pack the training rows as they are read, for data that is too large
+            to be prepared before the first step. The run's length is then `trainer.max_steps`, and
+            what is held out is the beginning of the data where it has no split for that.
+        shuffle_buffer: Where streaming, how many successive rows are shuffled and packed together.
 
     Raises:
-        UserError: If the path, a column or the tokenizer is missing, a row cannot be used, or no
-            example has a target.
+        UserError: If the path, a column or the tokenizer is missing, a row cannot be used, no
+            example has a target, or `streaming` meets an option that it cannot follow.
     """
 
     columns: ClassVar[tuple[str, ...]]
@@ -66,6 +74,7 @@ class TextDataModule(LightningDataModule, ABC):
     subset: ClassVar[str | None] = None
     templated: ClassVar[bool] = False
     settings: ClassVar[tuple[str, ...]] = ()
+    text_unit: TextUnit = "line"
 
     def __init__(
         self,
@@ -80,19 +89,34 @@ class TextDataModule(LightningDataModule, ABC):
         on_bad_row: Literal["error", "skip"] = "error",
         seed: int = 0,
         num_workers: int = 0,
+        streaming: bool = False,
+        shuffle_buffer: int = 2000,
     ) -> None:
         super().__init__()
-        for name, value in (("max_length", max_length), ("batch_size", batch_size)):
+        sizes = {"max_length": max_length, "batch_size": batch_size}
+        for name, value in (sizes | {"shuffle_buffer": shuffle_buffer}).items():
             if value < 1:
                 raise UserError(f"data.{name} must be at least 1, got {value}.")
+        if streaming and num_examples is not None:
+            raise UserError(
+                "data.num_examples draws from all rows, which a stream has not read: leave it null "
+                "and set trainer.max_steps, or turn data.streaming off."
+            )
+        if streaming and held_out_examples is None:
+            raise UserError(
+                "data.held_out_examples: null takes a whole split, which is prepared before the "
+                "first step: with data.streaming give a number."
+            )
         self.path, self.tokenizer_name = path, tokenizer
         self.max_length, self.batch_size, self.packing = max_length, batch_size, packing
         self.num_examples, self.held_out_examples = num_examples, held_out_examples
         self.train_on_prompt, self.on_bad_row = train_on_prompt, on_bad_row
         self.seed, self.num_workers = seed, num_workers
+        self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
         self.tokenizer: Any = None
         self.train: Blocks | None = None
         self.held_out: Blocks | None = None
+        self._held_out_part: str | None = None
         self.counts: dict[str, Counts] = {}
         self.held_out_rows: list[tuple[str, str]] = []
 
@@ -112,10 +136,22 @@ class TextDataModule(LightningDataModule, ABC):
         """Open the caches; every process sees the same blocks."""
         self._load(stage)
 
-    def train_dataloader(self) -> OrderedLoader[Batch]:
-        """Batches of packed training blocks, in an order drawn from `seed` and the pass."""
+    def train_dataloader(self) -> OrderedLoader[Batch] | StreamLoader[Batch]:
+        """Batches of packed training blocks, in an order drawn from `seed` and the pass.
+
+        Raises:
+            UserError: If the data is streamed and `trainer.max_steps` is not set.
+        """
+        if self.streaming:
+            return self._stream_loader()
         assert self.train is not None
         return self._loader(self.train, shuffle=True, step_value=self._step_targets)
+
+    def training_blocks(self) -> Sequence[Block]:
+        """Return the training blocks; of a stream those of the first chunk."""
+        if self.train is not None:
+            return self.train
+        return next(self._chunk_reader().read(Position())).blocks
 
     def val_dataloader(self) -> OrderedLoader[Batch]:
         """Batches of the held-out examples, in their order, one example per row."""
@@ -175,37 +211,112 @@ class TextDataModule(LightningDataModule, ABC):
         counts = [
             sum(int(targets[i]) for rows in batch for i in rows if i is not None) for batch in order
         ]
-        micro = self.trainer.accumulate_grad_batches if self.trainer else 1
-        world_size = self.trainer.world_size if self.trainer else 1
-        return [
-            max(1, sum(counts[i - i % micro : i - i % micro + micro])) / (micro * world_size)
-            for i in range(len(order))
-        ]
+        values: list[float] = []
+        while (first := len(values)) < len(order):
+            size = self._window(first)
+            total = max(1, sum(counts[first : first + size]))
+            values += [total / self._shares] * size
+        return values[: len(order)]
+
+    def _window(self, first: int) -> int:
+        """Return how many batches the optimizer step has that begins with batch `first`.
+
+        The last one of a pass, or of what `limit_train_batches` leaves of it, may have fewer.
+        """
+        if self.trainer is None:
+            return 1
+        left = self.trainer.num_training_batches - first
+        return int(max(1, min(self.trainer.accumulate_grad_batches, left)))
+
+    @property
+    def _shares(self) -> int:
+        """Return by what Lightning divides a loss: micro-batches (in short steps, too), processes.
+
+        The step's targets divided by this make of nats / targets the mean over the step.
+        """
+        return self._processes * (self.trainer.accumulate_grad_batches if self.trainer else 1)
+
+    @property
+    def _processes(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    def _chunk_reader(self) -> ChunkReader:
+        train, held_out = self._find("train"), self._find("held_out")
+        assert train is not None
+        return ChunkReader(
+            train,
+            self._encoding(self.packing),
+            self.shuffle_buffer,
+            skip_rows=0 if held_out else self.held_out_examples or 0,
+            seed=self.seed,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self._processes,
+        )
+
+    def _stream_loader(self) -> StreamLoader[Batch]:
+        trainer = self.trainer
+        if trainer is not None and trainer.max_steps < 0:
+            raise UserError("data.streaming needs trainer.max_steps: a stream has no end.")
+        self.counts["training"] = Counts()
+        return StreamLoader(
+            self._chunk_reader(),
+            self.batch_size,
+            lambda blocks, targets: collate_blocks(
+                blocks, targets / self._shares, pad_id=self.pad_id
+            ),
+            num_workers=self.num_workers,
+            length=trainer.max_steps * trainer.accumulate_grad_batches if trainer else None,
+            window=self._window,
+            gather=self._gather,
+            on_chunk=self.counts["training"].add,
+        )
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """Return the values [n] of all processes as [processes, n], on the processes' device."""
+        if self.trainer is None or self._processes == 1:
+            return values[None]
+        mine = values.to(self.trainer.strategy.root_device)
+        table = [torch.empty_like(mine) for _ in range(self._processes)]
+        torch.distributed.all_gather(table, mine)
+        return torch.stack(table)
+
+    def teardown(self, stage: str) -> None:
+        """Say what became of the rows of a stream."""
+        if self.streaming and stage == "fit" and "training" in self.counts:
+            rank_zero_info(f"data: training: {self.counts['training']} (first process)")
 
     def _load(self, stage: str) -> None:
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.tokenizer_name)
-        if self.held_out is not None and (stage != "fit" or self.train is not None):
+        held_out = "test" if stage == "test" else "held-out"
+        train_too = stage == "fit" and not self.streaming
+        if held_out == self._held_out_part and not (train_too and self.train is None):
             return
-        train = find_rows(self.path, "train", self.subset)
-        held_out = find_rows(self.path, "held_out", self.subset)
+        train, own = self._find("train"), self._find(held_out.replace("-", "_"))
         if train is None:
             raise UserError(f"{self.path} has no training split.")
-        own_split = held_out is not None
-        self.held_out, texts = self._part("held-out", held_out or train, own_split)
+        self.held_out, texts = self._part(held_out, own or train, own is not None)
         self.held_out_rows = [(prompt, response) for prompt, response in texts]
-        if stage == "fit":
-            self.train, _ = self._part("training", train, own_split)
+        self._held_out_part = held_out
+        if train_too:
+            self.train, _ = self._part("training", train, own is not None)
+
+    def _find(self, split: str) -> Rows | None:
+        return find_rows(self.path, split, self.subset, self.streaming, self.text_unit)
 
     def _part(self, name: str, rows: Rows, own_split: bool) -> tuple[Blocks, list[list[str]]]:
         """Return the blocks and texts of a part of the data, from its cache."""
-        held_out = name == "held-out"
-        packing = self.packing and not held_out
+        training = name == "training"
+        packing = self.packing and training
 
         def build(folder: Path) -> None:
-            opened = rows.open()
-            numbers = self._select(len(opened), held_out, own_split)
-            PartBuilder(self._encoding(packing), opened, numbers, rows.name).write(folder, held_out)
+            if self.columns:
+                check_columns(rows.columns(), self.columns, rows.name)
+            numbers = self._select(rows, name, own_split)
+            total = rows.count() if numbers is None else len(numbers)
+            encoding = self._encoding(packing)
+            chosen = rows.pick(numbers)
+            write_part(folder, encoding, chosen, total, not training, self.seed)
 
         folder = cached_folder(self._key(name, rows, own_split), build)
         blocks = Blocks(folder / BLOCKS_FILE)
@@ -223,7 +334,7 @@ class TextDataModule(LightningDataModule, ABC):
         return cache_key(
             {
                 "part": name,
-                "rows": rows.identity(),
+                "rows": self._identity(name, rows, own_split),
                 "own_split": own_split,
                 "tokenizer": tokenizer_identity(self.tokenizer),
                 "template": _source(type(self)),
@@ -248,23 +359,40 @@ class TextDataModule(LightningDataModule, ABC):
         share = sum(blocks.sizes()) / max(1, len(blocks) * self.max_length)
         return f"; packed into {len(blocks)} blocks of {self.max_length}, {share:.1%} full"
 
-    def _select(self, total: int, held_out: bool, own_split: bool) -> list[int]:
-        """Return the numbers of the rows of a part, in the part's order."""
+    def _identity(self, name: str, rows: Rows, own_split: bool) -> Any:
+        """Return what stands for the rows' content; of a stream, that of the rows held out."""
+        if not self.streaming:
+            return rows.identity()
+        chosen = rows.pick(self._select(rows, name, own_split))
+        return hashlib.sha256(json.dumps([row.values for row in chosen]).encode()).hexdigest()
+
+    def _select(self, rows: Rows, name: str, own_split: bool) -> np.ndarray | None:
+        """Return the positions of a part's rows among `rows`, ascending; None is all of them."""
         count = self.held_out_examples
-        if own_split and held_out:
-            return list(range(total if count is None else min(count, total)))
-        order = random.Random(self.seed).sample(range(total), total)
-        if not own_split:
-            count = count or 0
-            if count >= total:
-                raise UserError(
-                    f"{self.path} has {total} rows, of which held_out_examples takes {count}: "
-                    "none is left to train on."
-                )
-            if held_out:
-                return order[:count]
-            order = order[count:]
-        return order[: self.num_examples]
+        if name == "test" and own_split:
+            return None
+        if name != "training" and (own_split or self.streaming):
+            return None if count is None else np.arange(count)
+        if own_split and self.num_examples is None:
+            return None
+        total = rows.count()
+        held_out = self._draw("held-out", total, 0 if own_split else count or 0)
+        if name != "training":
+            return held_out
+        if len(held_out) == total:
+            raise UserError(
+                f"{self.path} has {total} rows, of which held_out_examples takes {count}: none is "
+                "left to train on."
+            )
+        left = np.delete(np.arange(total), held_out)
+        if self.num_examples is not None:
+            left = left[self._draw("training", len(left), self.num_examples)]
+        return left
+
+    def _draw(self, name: str, total: int, count: int) -> np.ndarray:
+        """Return `count` of `total` positions (or all), ascending; fewer are a subset of more."""
+        draw = np.random.RandomState([self.seed % 2**32, len(name)])  # its numbers never change
+        return np.sort(draw.permutation(total)[:count])
 
 
 def _source(kind: type) -> str:

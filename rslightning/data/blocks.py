@@ -86,11 +86,23 @@ def write_blocks(path: Path, blocks: Iterable[Sequence[Example | Block]]) -> Non
             writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
 
 
-def _row(examples: Sequence[Example | Block]) -> tuple[np.ndarray, np.ndarray, list[int], int]:
-    ids = np.concatenate([np.asarray(e.input_ids, dtype=np.int32) for e in examples])
-    labels = np.concatenate([np.asarray(e.labels, dtype=np.int32) for e in examples])
-    lengths = [len(e.input_ids) for e in examples]
-    return ids, labels, lengths, int((labels != IGNORED).sum())
+def join(examples: Sequence[Example | Block]) -> Block:
+    """Return one block of examples, one after the other."""
+    return Block(
+        np.concatenate([np.asarray(e.input_ids, dtype=np.int32) for e in examples]),
+        np.concatenate([np.asarray(e.labels, dtype=np.int32) for e in examples]),
+        np.asarray([len(e.input_ids) for e in examples], dtype=np.int32),
+    )
+
+
+def count_targets(blocks: Iterable[Block]) -> int:
+    """Return how many tokens of the blocks the model must write."""
+    return sum(int((block.labels != IGNORED).sum()) for block in blocks)
+
+
+def _row(examples: Sequence[Example | Block]) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    block = join(examples)
+    return (*block, count_targets([block]))
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

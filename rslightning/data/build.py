@@ -1,17 +1,19 @@
 """Build one part of a data set (training or held-out): rows -> turns -> examples -> blocks."""
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from rslightning.data.blocks import Blocks, write_blocks
 from rslightning.data.encode import Counts, Example, Turns, encode_rows
 from rslightning.data.packing import pack
-from rslightning.data.rows import check_columns
+from rslightning.data.rows import Row
 from rslightning.errors import UserError
 
 ROWS_AT_ONCE: Final = 1000
@@ -53,91 +55,100 @@ class Encoding:
     skip_bad_rows: bool
 
 
-class PartBuilder:
-    """Encodes the chosen rows and writes blocks, counts and texts into a folder.
+class RowEncoder:
+    """Turns rows into examples, and counts what becomes of them.
 
     Args:
         encoding: How rows become blocks.
-        rows: A `datasets.Dataset`.
-        numbers: Which of the rows, in this order.
-        place: Where the rows come from, for messages.
+        keep_texts: Whether prompts and responses are kept, too.
     """
 
-    def __init__(self, encoding: Encoding, rows: Any, numbers: Sequence[int], place: str) -> None:
-        self.encoding, self.numbers, self.place = encoding, numbers, place
-        if encoding.columns:
-            check_columns(rows.column_names, encoding.columns, place)
-            rows = rows.select_columns(list(encoding.columns))
-        self.rows = rows
+    def __init__(self, encoding: Encoding, keep_texts: bool = False) -> None:
+        self.encoding, self.keep_texts = encoding, keep_texts
         self.counts = Counts()
         self.texts: list[tuple[str, str]] = []
 
-    def write(self, folder: Path, keep_texts: bool) -> None:
-        """Fill an empty folder.
+    def encode(self, rows: Iterable[Row]) -> Iterator[Example]:
+        """Yield the examples of rows that have a target, in their order.
 
         Raises:
             UserError: If a row cannot be used and is not to be skipped.
         """
-        single = folder / "encoded.arrow"
-        write_blocks(single, ([example] for example in self._examples(keep_texts)))
-        if self.encoding.packing:
-            encoded = Blocks(single)
-            groups = pack(encoded.sizes(), self.encoding.max_length)
-            blocks = ([encoded[index] for index in group] for group in groups)
-            write_blocks(folder / BLOCKS_FILE, blocks)
-            single.unlink()
-        else:
-            single.rename(folder / BLOCKS_FILE)
-        (folder / COUNTS_FILE).write_text(json.dumps(self.counts.as_dict()), encoding="utf-8")
-        (folder / TEXTS_FILE).write_text(json.dumps(self.texts), encoding="utf-8")
+        encoding, rows = self.encoding, iter(rows)
+        while batch := list(islice(rows, ROWS_AT_ONCE)):
+            dialogues = list(self._turns(batch))
+            if self.keep_texts:
+                self.texts += [last_pair(turns) for turns in dialogues]
+            for example in encode_rows(
+                encoding.tokenizer, dialogues, encoding.train_on_prompt, encoding.templated
+            ):
+                if cut := self.counts.cut(example, encoding.max_length):
+                    yield cut
 
-    def _examples(self, keep_texts: bool) -> Iterator[Example]:
-        encoding = self.encoding
-        with tqdm(total=len(self.numbers), desc="tokenizing", unit="row", leave=False) as bar:
-            for start in range(0, len(self.numbers), ROWS_AT_ONCE):
-                rows = list(self._turns(self.numbers[start : start + ROWS_AT_ONCE]))
-                if keep_texts:
-                    self.texts += [last_pair(turns) for turns in rows]
-                for example in encode_rows(
-                    encoding.tokenizer, rows, encoding.train_on_prompt, encoding.templated
-                ):
-                    if cut := self.counts.cut(example, encoding.max_length):
-                        yield cut
-                bar.update(min(ROWS_AT_ONCE, len(self.numbers) - start))
-
-    def _turns(self, numbers: Sequence[int]) -> Iterator[Turns]:
-        for number, row in zip(numbers, self._read(numbers), strict=True):
+    def _turns(self, rows: Iterable[Row]) -> Iterator[Turns]:
+        for place, number, values in rows:
             try:
-                turns = self.encoding.render(self._checked(row))
+                turns = self.encoding.render(self._checked(values))
                 if not turns or not all(response for _, response in turns):
                     raise BadRowError("there is no response to learn from")
                 yield turns
             except BadRowError as error:
                 if not self.encoding.skip_bad_rows:
                     raise UserError(
-                        f"{self.place}, row {number + 1}: {error}; mend it, or count such rows "
-                        "with data.on_bad_row: skip."
+                        f"{place}, row {number}: {error}; mend it, or count such rows with "
+                        "data.on_bad_row: skip."
                     ) from None
                 self.counts.rows_skipped += 1
-
-    def _read(self, numbers: Sequence[int]) -> Iterator[Mapping[str, Any]]:
-        try:
-            yield from self.rows.select(numbers)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.place} cannot be read: {error}.") from None
 
     def _checked(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the row with its optional nulls as empty texts, every other column a text."""
         texts = dict(row)
         for name in self.encoding.columns:
             optional = name in self.encoding.optional_columns
-            if texts[name] is None and optional:
-                texts[name] = ""
-            if not isinstance(texts[name], str):
-                raise BadRowError(f"column {name!r} is {texts[name]!r}, not a text")
-            if not optional and not texts[name].strip():
+            text = texts.get(name)
+            if text is None and optional:
+                text = ""
+            if not isinstance(text, str):
+                raise BadRowError(f"column {name!r} is {text!r}, not a text")
+            if not optional and not text.strip():
                 raise BadRowError(f"column {name!r} is empty")
+            texts[name] = text
         return texts
+
+
+def write_part(
+    folder: Path, encoding: Encoding, rows: Iterable[Row], total: int, keep_texts: bool, seed: int
+) -> None:
+    """Encode rows and write blocks, counts and texts into an empty folder.
+
+    What is packed is shuffled before, or blocks would hold neighbours of the same length.
+
+    Args:
+        folder: Where to write.
+        encoding: How rows become blocks.
+        rows: The rows.
+        total: How many there are, for the progress bar.
+        keep_texts: Whether prompts and responses are kept, too.
+        seed: Draws which of the examples of the same length share a block.
+
+    Raises:
+        UserError: If a row cannot be used and is not to be skipped.
+    """
+    encoder = RowEncoder(encoding, keep_texts)
+    single = folder / "encoded.arrow"
+    with tqdm(rows, total=total, desc="tokenizing", unit="row", leave=False) as shown:
+        write_blocks(single, ([example] for example in encoder.encode(shown)))
+    if encoding.packing:
+        encoded = Blocks(single)
+        order = np.random.RandomState(seed % 2**32).permutation(len(encoded))
+        groups = pack(np.asarray(encoded.sizes())[order].tolist(), encoding.max_length)
+        blocks = ([encoded[order[i]] for i in group] for group in groups)
+        write_blocks(folder / BLOCKS_FILE, blocks)
+        single.unlink()
+    else:
+        single.rename(folder / BLOCKS_FILE)
+    (folder / COUNTS_FILE).write_text(json.dumps(encoder.counts.as_dict()), encoding="utf-8")
+    (folder / TEXTS_FILE).write_text(json.dumps(encoder.texts), encoding="utf-8")
 
 
 def last_pair(turns: Turns) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from filelock import FileLock
 from rslightning.errors import RunError
 from rslightning.storage import new_folder
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Part of every key: raise it when what is written changes."""
 
 CACHE_VARIABLE: Final = "RSLIGHTNING_CACHE"

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Final, final
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from rslightning.data.base import TextDataModule
 from rslightning.data.build import BadRowError
 from rslightning.data.encode import Turns
@@ -10,6 +12,9 @@ from rslightning.errors import UserError
 
 COLUMNS: Final = {"messages": ("role", "content"), "conversations": ("from", "value")}
 """Column -> names of speaker and text: OpenAI's form and ShareGPT's."""
+
+PROBE: Final = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+"""A dialogue that shows how a template ends an answer."""
 
 ROLES: Final = {
     "system": "system",
@@ -26,7 +31,8 @@ class Chat(TextDataModule):
     """Column `messages` (`role`, `content`) or `conversations` (`from`, `value`).
 
     The template is applied to the turns up to each answer and to those with the answer; what the
-    latter adds is what the model must write, its end-of-turn token included.
+    latter adds is what the model must write, its end-of-turn token included. A warning tells where
+    that is not the tokenizer's end-of-sequence token, at which generation stops.
 
     Raises:
         UserError: If the tokenizer has no chat template.
@@ -34,6 +40,17 @@ class Chat(TextDataModule):
 
     columns = ()
     templated = True
+
+    def setup(self, stage: str) -> None:
+        """Open the caches, and look at how the template ends an answer."""
+        super().setup(stage)
+        end = self.tokenizer.eos_token
+        if end and not self.render({"messages": PROBE})[0][1].endswith(end):
+            rank_zero_warn(
+                f"The chat template of {self.tokenizer_name} does not end an answer with the "
+                f"tokenizer's end token {end!r}: generation needs another sign to stop at; see "
+                "eos_token in tokenizer_config.json."
+            )
 
     def render(self, row: Mapping[str, Any]) -> Turns:
         """Return one pair per assistant turn."""
@@ -95,4 +112,4 @@ def _up_to_end(answer: str, end: str | None) -> str:
     """Cut what a template writes after the end-of-turn token: the model never writes it."""
     if end and end in answer:
         return answer[: answer.rindex(end) + len(end)]
-    return answer
+    return answer.rstrip()

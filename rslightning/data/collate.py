@@ -11,7 +11,7 @@ from rslightning.data.blocks import Block
 
 
 def collate_blocks(
-    blocks: Sequence[Block | None], step_targets: float | None = None, *, pad_id: int = 0
+    blocks: Sequence[Block | None], step_targets: float | Tensor | None = None, *, pad_id: int = 0
 ) -> Batch:
     """Pad blocks on the right to the longest of them; a missing one is all padding.
 
@@ -27,7 +27,7 @@ def collate_blocks(
         labels=_pad([row.labels for row in rows], IGNORED),
         attention_mask=_pad([np.ones_like(row.input_ids) for row in rows], 0),
         position_ids=_pad([positions(row.lengths) for row in rows], 0),
-        step_targets=None if step_targets is None else torch.tensor(float(step_targets)),
+        step_targets=None if step_targets is None else torch.as_tensor(step_targets).float(),
     )
 
 

@@ -1,7 +1,8 @@
 """Text -> token ids and labels. Boundaries are found by construction, never by searching text."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 from rslightning.batch import IGNORED
@@ -17,6 +18,9 @@ class Tokenizer(Protocol):
 
     def __call__(self, text: list[str], add_special_tokens: bool = ...) -> Any:
         """Return `input_ids` of many texts at once."""
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """Return the tokens that stand apart from the text around them, special ones among them."""
 
 
 class Example(NamedTuple):
@@ -49,6 +53,12 @@ class Counts:
     def as_dict(self) -> dict[str, int]:
         """Return the counts by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def add(self, other: "Counts") -> None:
+        """Add what became of other rows."""
+        for name, value in other.as_dict().items():
+            mine = getattr(self, name)
+            setattr(self, name, max(mine, value) if name == "longest_row" else mine + value)
 
     def cut(self, example: Example, max_length: int) -> Example | None:
         """Count an example and cut it at `max_length` tokens; None if that leaves no target."""
@@ -85,7 +95,9 @@ def encode_rows(
 ) -> list[Example]:
     """Join prompts, responses and end-of-sequence; only the latter two are targets by default.
 
-    The first token of an example is no target, because nothing predicts it.
+    The first prompt is encoded alone, as it is when the model is asked; what follows is encoded as
+    the continuation that the model writes: without the space that some tokenizers set before a
+    text. The first token of an example is no target, because nothing predicts it.
 
     Args:
         tokenizer: Its own opening token (if it has one) comes first, unless `templated`.
@@ -94,8 +106,9 @@ def encode_rows(
         templated: Whether the texts carry their special tokens already.
     """
     opened = iter(encode_prompts(tokenizer, [turns[0][0] for turns in rows], templated))
-    later = [text for turns in rows for text in [t for pair in turns for t in pair][1:]]
-    encoded = iter(_encode(tokenizer, later, special=False))
+    pieces = [[text for pair in turns for text in pair] for turns in rows]
+    later = [neighbours for texts in pieces for neighbours in pairwise(texts)]
+    encoded = iter(encode_continuations(tokenizer, later))
     closing = [] if templated or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     examples = []
     for turns in rows:
@@ -108,6 +121,52 @@ def encode_rows(
             labels += (prompt if train_on_prompt else [IGNORED] * len(prompt)) + response
         examples.append(Example(ids, [IGNORED, *labels[1:]]))
     return examples
+
+
+def encode_continuations(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+    """Return the ids of the second text of each pair, as they are after the first one.
+
+    A text is encoded behind the last character (or added token) of the one before it, whose ids are
+    then taken off. Where the two would melt into one token, it is encoded behind a line break
+    instead, or alone: its ids follow those that its forerunner has alone.
+
+    Args:
+        tokenizer: Tokenizes them all at once.
+        pairs: (text before, text).
+    """
+    ending = _ending(tokenizer)
+    texts = [text for _, text in pairs]
+    encoded = _encode_behind(tokenizer, [ending(before) for before, _ in pairs], texts)
+    for context in ("\n", ""):
+        molten = [number for number, ids in enumerate(encoded) if ids is None]
+        again = _encode_behind(tokenizer, [context] * len(molten), [texts[n] for n in molten])
+        for number, ids in zip(molten, again, strict=True):
+            encoded[number] = ids
+    return [ids for ids in encoded if ids is not None]
+
+
+def _encode_behind(
+    tokenizer: Tokenizer, contexts: Sequence[str], texts: Sequence[str]
+) -> list[list[int] | None]:
+    """Return the ids of each text behind its context, or None where the two melt."""
+    known = sorted(set(contexts))
+    heads = dict(zip(known, _encode(tokenizer, known, special=False), strict=True))
+    joined = [context + text for context, text in zip(contexts, texts, strict=True)]
+    encoded = _encode(tokenizer, joined, special=False)
+    return [
+        ids[len(heads[context]) :] if ids[: len(heads[context])] == heads[context] else None
+        for context, ids in zip(contexts, encoded, strict=True)
+    ]
+
+
+def _ending(tokenizer: Tokenizer) -> Callable[[str], str]:
+    """Return a function that gives the last unit of a text: an added token, else a character."""
+    added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+
+    def ending(text: str) -> str:
+        return next((token for token in added if token and text.endswith(token)), text[-1:])
+
+    return ending
 
 
 def _encode(tokenizer: Tokenizer, texts: Iterable[str], special: bool) -> list[list[int]]:

@@ -1,9 +1,19 @@
-"""Where rows come from: a Hub name, a folder or a file, through `datasets`, on one code path."""
+"""Where rows come from: a Hub name, a folder or a file.
+
+Rows are read in sweeps, table by table, so that memory does not grow with the data: files as they
+are, data sets of the Hub through `datasets`, which keeps a copy on disk unless they are streamed.
+"""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from rslightning.assets import resolve_asset
 from rslightning.data.cache import file_digest
@@ -16,78 +26,189 @@ LOADERS: Final = {
     ".csv": "csv",
     ".txt": "text",
 }
+VALIDATION_NAMES: Final = ("held_out", "heldout", "validation", "valid", "val", "dev")
 SPLIT_NAMES: Final = {
     "train": ("train",),
-    "held_out": ("held_out", "heldout", "validation", "valid", "val", "dev", "test"),
+    "held_out": (*VALIDATION_NAMES, "test"),
+    "test": ("test", *VALIDATION_NAMES),
 }
+ROWS_PER_TABLE: Final = 1000
+
+TextUnit = Literal["line", "paragraph"]
+
+
+class Row(NamedTuple):
+    """A row and where it stands: the file (or Hub name) and its number there, from 1."""
+
+    place: str
+    number: int
+    values: dict[str, Any]
+
+
+class Table(NamedTuple):
+    """Rows in succession; `first` is the number of the first one at `place`, from 1."""
+
+    place: str
+    first: int
+    rows: pa.Table
+
+    def pick(self, indices: Sequence[int] | np.ndarray | None = None) -> list[Row]:
+        """Return the rows at these positions of the table, or all of them.
+
+        Raises:
+            UserError: If a text is not UTF-8.
+        """
+        chosen = np.arange(len(self.rows)) if indices is None else np.asarray(indices, dtype=int)
+        rows = self.rows if indices is None else self.rows.take(chosen)
+        try:
+            values = rows.to_pylist()
+        except UnicodeDecodeError:
+            number = self.first + int(chosen[_first_undecodable(rows)])
+            raise UserError(f"{self.place}, row {number}, is not UTF-8 text.") from None
+        return [
+            Row(self.place, self.first + int(index), row)
+            for index, row in zip(chosen, values, strict=True)
+        ]
+
+
+class HubSplit(NamedTuple):
+    """A split of a data set on the Hub."""
+
+    name: str
+    subset: str | None
+    split: str
 
 
 class Rows:
     """The rows of one split, not yet read.
 
     Args:
-        source: A local file, or (Hub name, configuration, split).
+        source: Local files, whose rows follow one another, or a split on the Hub.
+        streaming: Whether a Hub data set is read over the network instead of kept on disk.
+        text_unit: What a row of a text file is: a `line` that is not blank, or a `paragraph`.
     """
 
-    def __init__(self, source: Path | tuple[str, str | None, str]) -> None:
-        self.source = source
+    def __init__(
+        self,
+        source: Sequence[Path] | HubSplit,
+        streaming: bool = False,
+        text_unit: TextUnit = "line",
+    ) -> None:
+        self.source, self.streaming, self.text_unit = source, streaming, text_unit
 
     @property
     def name(self) -> str:
         """What a person calls the place that the rows come from."""
-        return str(self.source) if isinstance(self.source, Path) else self.source[0]
+        if isinstance(self.source, HubSplit):
+            return self.source.name
+        return ", ".join(map(str, self.source))
 
-    def open(self) -> Any:
-        """Return the rows as a `datasets.Dataset`, memory-mapped.
+    def tables(self, size: int = ROWS_PER_TABLE) -> Iterator[Table]:
+        """Yield all rows in order, `size` at a time (fewer at the end of a file).
 
         Raises:
-            UserError: If they cannot be read; of JSON lines the first bad one is named.
+            UserError: If there are none, or they cannot be read; of JSON lines the first bad one is
+                named.
         """
-        import datasets
+        table = None
+        for table in self._sweeps(size):
+            yield table
+        if table is None:
+            raise UserError(f"{self.name} has no rows.")
 
-        if not isinstance(self.source, Path):
-            name, subset, split = self.source
-            return datasets.load_dataset(name, subset, split=split)
-        kind = LOADERS[self.source.suffix]
-        try:
-            return datasets.load_dataset(kind, data_files=str(self.source), split="train")
-        except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
-            if kind == "json":
-                _refuse_bad_line(self.source)
-            raise UserError(f"{self.source} cannot be read: {_reason(error)}.") from None
+    def _sweeps(self, size: int) -> Iterator[Table]:
+        if isinstance(self.source, HubSplit):
+            tables = self._hub_set().with_format("arrow").iter(batch_size=size)
+            yield from _number(self.source.name, tables)
+            return
+        for path in self.source:
+            with _reading(path):
+                yield from _number(str(path), _file_tables(path, self.text_unit, size))
+
+    def pick(self, numbers: np.ndarray | None = None) -> Iterator[Row]:
+        """Yield the rows at these positions (ascending, from 0), or all of them, in one sweep."""
+        start = 0
+        for table in self.tables():
+            end = start + len(table.rows)
+            if numbers is None:
+                yield from table.pick()
+            else:
+                low, high = np.searchsorted(numbers, [start, end])
+                yield from table.pick(numbers[low:high] - start)
+                if high == len(numbers):
+                    return
+            start = end
+
+    def columns(self) -> list[str]:
+        """Return the names of the columns.
+
+        Raises:
+            UserError: As `tables`.
+        """
+        names: list[str] = next(self.tables()).rows.column_names
+        return names
+
+    def count(self) -> int:
+        """Return the number of rows; all but Parquet files must be read for it."""
+        if isinstance(self.source, HubSplit) or any(p.suffix != ".parquet" for p in self.source):
+            return sum(len(table.rows) for table in self.tables())
+        from pyarrow import parquet
+
+        total = 0
+        for path in self.source:
+            with _reading(path):
+                total += parquet.read_metadata(path).num_rows
+        return total
 
     def identity(self) -> Any:
         """Return JSON values that change when the rows do, without tokenizing them."""
-        if isinstance(self.source, Path):
-            return file_digest(self.source)
-        return [*self.source, self.open()._fingerprint]
+        if isinstance(self.source, HubSplit):
+            return [*self.source, self._hub_set()._fingerprint]
+        return [file_digest(path) for path in self.source]
+
+    def _hub_set(self) -> Any:
+        import datasets
+
+        assert isinstance(self.source, HubSplit)
+        name, subset, split = self.source
+        return datasets.load_dataset(name, subset, split=split, streaming=self.streaming)
 
 
-def find_rows(path: str, split: str, subset: str | None = None) -> Rows | None:
+def find_rows(
+    path: str,
+    split: str,
+    subset: str | None = None,
+    streaming: bool = False,
+    text_unit: TextUnit = "line",
+) -> Rows | None:
     """Return the rows of one split, or None where the data has no such split.
 
     Args:
-        path: Hub name, folder (with a file per split, named after it) or single file (which is the
-            training split), or `asset:NAME`.
-        split: `train` or `held_out`.
+        path: Hub name, folder or single file (which is the training split), or `asset:NAME`. In a
+            folder the files of a split are named after it, perhaps with a number
+            (`train-00000-of-00002.parquet`); where none is named after any split, all are training
+            rows.
+        split: `train`, `held_out` (a validation split, else the test split) or `test` (the other
+            way round).
         subset: Configuration of a Hub data set that has several.
+        streaming: See `Rows`.
+        text_unit: See `Rows`.
 
     Raises:
         UserError: If nothing readable is at `path`.
     """
     local = Path(resolve_asset(path)).expanduser()
     if local.is_dir():
-        file = _file_of_split(local, split)
+        files = _files_of_split(local, split)
     elif local.suffix in LOADERS or local.exists():
-        file = local if split == "train" else None
+        files = [local] if split == "train" else []
     elif path.startswith((".", "/", "~")):
         raise UserError(f"{path} does not exist.")
     else:
-        return _find_on_hub(path, split, subset)
-    if file is None:
-        return None
-    _check_file(file)
-    return Rows(file)
+        return _find_on_hub(path, split, subset, streaming)
+    for file in files:
+        _check_file(file)
+    return Rows(files, streaming, text_unit) if files else None
 
 
 def check_columns(columns: Sequence[str], needed: Sequence[str], path: str) -> None:
@@ -99,20 +220,93 @@ def check_columns(columns: Sequence[str], needed: Sequence[str], path: str) -> N
         )
 
 
-def _file_of_split(folder: Path, split: str) -> Path | None:
+def _file_tables(path: Path, text_unit: str, size: int) -> Iterator[pa.Table]:
+    """Yield a file's rows; nothing is copied to disk, and no more than a table kept in memory."""
+    import datasets
+    from pyarrow import parquet
+
+    kind = LOADERS[path.suffix]
+    if kind == "parquet":
+        # Read in step with whoever uses the rows. `datasets` reads Parquet with pyarrow's scanner,
+        # which runs ahead of a slow user until the whole file is in memory.
+        with parquet.ParquetFile(path, pre_buffer=False) as file:
+            for batch in file.iter_batches(size, use_threads=False):
+                yield pa.Table.from_batches([batch])
+        return
+    options = {"sample_by": text_unit} if kind == "text" else {}
+    rows = datasets.load_dataset(
+        kind, data_files=str(path), split="train", streaming=True, **options
+    ).with_format("arrow")
+    if kind == "text":
+        rows = rows.map(_drop_blank, batched=True)
+    yield from rows.iter(batch_size=size)
+
+
+def _drop_blank(rows: pa.Table) -> pa.Table:
+    return rows.filter(pc.not_equal(pc.utf8_trim_whitespace(rows["text"]), ""))
+
+
+def _number(place: str, tables: Iterable[pa.Table]) -> Iterator[Table]:
+    first = 1
+    for table in tables:
+        yield Table(place, first, table)
+        first += len(table)
+
+
+def _first_undecodable(rows: pa.Table) -> int:
+    """Return the position of the first row with a text that is not UTF-8."""
+    for index in range(len(rows)):
+        try:
+            rows.slice(index, 1).to_pylist()
+        except UnicodeDecodeError:
+            return index
+    raise AssertionError("all rows are UTF-8")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what a reader says of a broken file into one sentence."""
+    import datasets
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        datasets.exceptions.DatasetGenerationError,
+        OSError,
+        ValueError,
+        pa.ArrowException,
+    ) as e:
+        if LOADERS[path.suffix] == "json":
+            _refuse_bad_line(path)
+        raise UserError(f"{path} cannot be read: {_reason(e)}.") from None
+
+
+def _files_of_split(folder: Path, split: str) -> list[Path]:
     files = [path for path in sorted(folder.iterdir()) if path.suffix in LOADERS]
     if not files:
         raise UserError(f"{folder} holds no {', '.join(LOADERS)} file.")
-    for name in SPLIT_NAMES[split]:
-        for path in files:
-            if path.stem == name or path.stem.endswith(f"_{name}"):
-                return path
-    if split == "train" and len(files) == 1:
-        return files[0]
-    if split == "train":
+    if named := _named_after(files, SPLIT_NAMES[split]):
+        return named
+    if split != "train":
+        return []
+    if any(_named_after(files, names) for names in SPLIT_NAMES.values()):
         listed = ", ".join(path.name for path in files)
         raise UserError(f"{folder} has no file named after the split train; it has {listed}.")
-    return None
+    return files
+
+
+def _named_after(files: Sequence[Path], names: Sequence[str]) -> list[Path]:
+    """Return the first file of a split, with those that continue its numbering."""
+    for name in names:
+        pattern = re.compile(rf"(?:.*_)?{name}(-\d+-of-\d+)?")
+        matches = [(path, match) for path in files if (match := pattern.fullmatch(path.stem))]
+        if matches and matches[0][1][1]:
+            return [path for path, match in matches if match[1]]
+        if matches:
+            return [matches[0][0]]
+    return []
 
 
 def _check_file(path: Path) -> None:
@@ -124,7 +318,7 @@ def _check_file(path: Path) -> None:
         raise UserError(f"{path} is empty.")
 
 
-def _find_on_hub(name: str, split: str, subset: str | None) -> Rows | None:
+def _find_on_hub(name: str, split: str, subset: str | None, streaming: bool) -> Rows | None:
     import datasets
 
     try:
@@ -135,7 +329,7 @@ def _find_on_hub(name: str, split: str, subset: str | None) -> Rows | None:
             f"{_reason(error)}."
         ) from None
     found = next((s for s in SPLIT_NAMES[split] if s in available), None)
-    return Rows((name, subset, found)) if found else None
+    return Rows(HubSplit(name, subset, found), streaming) if found else None
 
 
 def _refuse_bad_line(path: Path) -> None:

@@ -102,3 +102,26 @@ def test_what_was_not_written_is_not_named(make_trainer, make_module, make_data,
     end = said().partition("trained 3 steps")[2]
     assert "merged" not in end
     assert "checkpoints" not in end
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_became_of_the_rows_is_logged(
+    make_trainer, make_module, make_data, tmp_path, streaming
+):
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    data = make_data(max_length=60, streaming=streaming, held_out_examples=6)
+    logger = TensorBoardLogger(tmp_path, name="run")
+    fit(make_trainer, make_module(), data, limit_val_batches=0, logger=logger)
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    for part, counts in data.counts.items():
+        for name, value in counts.as_dict().items():
+            steps = ([3] if part == "training" else [0, 3]) if streaming else [0]
+            found = [(e.step, e.value) for e in events.Scalars(f"data/{part}/{name}")]
+            assert found == [(step, value) for step in steps]
+    again = make_data(max_length=1000)
+    again.setup("fit")
+    longer = sum(length > 60 for block in again.train for length in block.lengths)
+    assert data.counts["training"].rows_cut == longer > 0

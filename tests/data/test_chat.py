@@ -13,7 +13,7 @@ CHATML = (
 )
 FORGETFUL = (  # drops the answers of earlier turns, as templates that strip reasoning do
     "{% for m in messages %}<|{{ m.role }}|>"
-    "{{ m.content if m.role != 'assistant' or loop.last else '' }}{% endfor %}"
+    "{{ m.content if m.role != 'assistant' or loop.last else '' }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 TURNS = [
@@ -62,6 +62,31 @@ def test_only_assistant_turns_are_targets(chat):
         elif run:
             runs, run = [*runs, data.tokenizer.decode(run)], []
     assert runs == ["Two.</s>", "None.</s>"]
+
+
+UNENDED = (  # ends turns with a text that is no token of its own
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_template_without_the_end_token_is_warned_about(chat):
+    with pytest.warns(
+        UserWarning, match=r"does not end an answer with the tokenizer's end token '</s>'"
+    ):
+        data = chat([openai(TURNS)], template=UNENDED)
+    block = data.train[0]
+    written = [label for label in block.labels.tolist() if label != IGNORED]
+    assert data.tokenizer.decode(written) == "Two.<|end|>None.<|end|>"
+
+
+def test_ids_are_those_of_the_whole_dialogue(chat):
+    data = chat([openai(TURNS)])
+    whole = data.tokenizer.apply_chat_template(openai(TURNS)["messages"], tokenize=True)[
+        "input_ids"
+    ]
+    assert data.tokenizer.decode(whole[-1]) == "\n"  # which no answer needs
+    assert data.train[0].input_ids.tolist() == whole[:-1]
 
 
 def test_both_forms_are_the_same(chat):

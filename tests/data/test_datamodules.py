@@ -102,7 +102,9 @@ def test_rows_are_held_out_of_a_single_file(orca, orca_folder):
     assert set(train) | set(held_out) == everything  # 24 distinct rows: disjoint, too
     assert split() == (train, held_out)
     assert set(split(seed=1)[1]) != set(held_out)
-    assert split(num_examples=7) == (train[:7], held_out)
+    seven, ten = (split(num_examples=count) for count in (7, 10))
+    assert (len(seven[0]), seven[1]) == (7, held_out)
+    assert set(seven[0]) < set(ten[0]) < set(train)  # a sweep over sizes adds rows
 
 
 def test_no_rows_are_held_out_of_a_single_file_on_request(orca, orca_folder):

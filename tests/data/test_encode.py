@@ -1,7 +1,13 @@
 import pytest
 
 from rslightning.batch import IGNORED
-from rslightning.data.encode import Counts, Example, encode_prompts, encode_rows
+from rslightning.data.encode import (
+    Counts,
+    Example,
+    encode_continuations,
+    encode_prompts,
+    encode_rows,
+)
 from rslightning.data.tokenizer import load_tokenizer
 
 PAIRS = [
@@ -25,6 +31,33 @@ class WordTokenizer:
             end = [self.eos_token_id] if self.closes else []
             rows = [[1, *ids, *end] for ids in rows]
         return {"input_ids": rows}
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return {}
+
+
+def spacing_tokenizer():
+    """Return a tokenizer that sets a space before every text, as SentencePiece's does."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>"]
+    alphabet = [chr(code) for code in range(32, 127)] + ["\n", "\u2581"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=160, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(["Answer: The cups.\nUser: How many?", "The The The cups"], trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 
 def encode_example(tokenizer, prompt, response, **options) -> Example:
@@ -58,6 +91,38 @@ def test_the_prompt_alone_is_a_prefix_of_the_example(tokenizer, prompt, response
     ids, labels = encode_example(tokenizer, prompt, response)
     assert ids[: len(opening)] == opening
     assert labels[: len(opening)] == [IGNORED] * len(opening)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "melts"),
+    [
+        ("Question: how many?\nAnswer:\n", "The cups.", False),
+        ("", "The cups.", False),
+        ("User: how many? Answer:", " The cups.", True),  # ":" and space are one token
+        ("x T", "he cups.", True),
+    ],
+)
+def test_no_space_is_set_between_prompt_and_response(prompt, response, melts):
+    tokenizer = spacing_tokenizer()
+    ids, _ = encode_example(tokenizer, prompt, response)
+    assert tokenizer.decode(ids) == f"<s> {prompt}{response}</s>"
+    whole = [*tokenizer(prompt + response)["input_ids"], tokenizer.eos_token_id]
+    assert (ids != whole) == melts
+    alone = encode_prompt(tokenizer, prompt)
+    assert ids[: len(alone)] == alone  # what the model is given when it is asked
+
+
+@pytest.mark.parametrize(
+    ("before", "text"), [("Answer:", "</s>\nUser"), ("Answer</s>", "\nUser"), ("a</s>", "The")]
+)
+def test_a_continuation_is_encoded_as_in_the_whole_text(before, text):
+    tokenizer = spacing_tokenizer()
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    (ids,) = encode_continuations(tokenizer, [(before, text)])
+    assert encode(before) + ids == encode(before + text)
 
 
 def test_the_prompt_is_a_target_on_request(tokenizer):

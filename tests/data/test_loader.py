@@ -3,9 +3,7 @@ import json
 import pytest
 import torch
 
-from rslightning.callbacks import TrainableCheckpoint
 from rslightning.data.loader import OrderedLoader
-from rslightning.rslora import adapter_state_dict
 
 ROWS = list(range(100, 123))
 
@@ -83,26 +81,3 @@ def test_a_value_is_computed_from_the_rows_of_all_processes():
     ]
     for (rows, value), (others, same) in zip(*shards, strict=True):
         assert value == same == sum(real([rows, others]))
-
-
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_fit_that_is_resumed_in_mid_pass_ends_as_if_it_had_not_stopped(
-    make_trainer, make_module, make_data, tmp_path, workers
-):
-    def fit(steps, ckpt_path=None, **options):
-        torch.manual_seed(0)
-        module, data = make_module(), make_data(num_workers=workers, batch_size=5)
-        callback = TrainableCheckpoint(every_n_steps=100)
-        trainer = make_trainer(
-            max_steps=steps, limit_val_batches=0, callbacks=[callback], enable_checkpointing=True,
-            **options,
-        )  # fmt: skip
-        trainer.fit(module, data, ckpt_path=ckpt_path)
-        return {k: v.clone() for k, v in adapter_state_dict(module.model).items()}
-
-    whole = fit(12, default_root_dir=tmp_path / "whole")
-    fit(7, default_root_dir=tmp_path / "part")  # a pass has five batches
-    last = tmp_path / "part" / "checkpoints" / "last.ckpt"
-    resumed = fit(12, str(last), default_root_dir=tmp_path / "part")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -1,6 +1,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 from rslightning.data.rows import check_columns, find_rows
@@ -18,12 +19,12 @@ def write(path, text=None):
 
 def load_rows(path, split):
     rows = find_rows(path, split)
-    return None if rows is None else rows.open()
+    return None if rows is None else [row.values for row in rows.pick()]
 
 
 def texts(path, split="train"):
     rows = load_rows(str(path), split)
-    return None if rows is None else rows["text"][:]
+    return None if rows is None else [row["text"] for row in rows]
 
 
 EVERY = [row["text"] for row in ROWS]
@@ -39,6 +40,17 @@ def test_a_file_of_each_kind_has_the_same_rows(tmp_path):
     datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
     for name in ("rows.jsonl", "rows.json", "rows.csv", "rows.txt", "rows.parquet"):
         assert texts(tmp_path / name) == EVERY, name
+
+
+def test_text_has_a_row_per_line_or_per_paragraph(tmp_path):
+    path = write(tmp_path / "rows.txt", "one\ntwo\n\n \nthree\n\nfour\nfive\n")
+
+    def rows(unit):
+        return [row.values["text"] for row in find_rows(str(path), "train", text_unit=unit).pick()]
+
+    assert rows("line") == ["one", "two", "three", "four", "five"]
+    assert [text.strip() for text in rows("paragraph")] == ["one\ntwo", "three", "four\nfive"]
+    assert find_rows(str(path), "train").count() == 5
 
 
 def test_a_single_file_is_the_training_split(tmp_path):
@@ -89,7 +101,7 @@ def test_a_file_that_changed_is_read_again(tmp_path):
         (
             "blank.jsonl",
             "\n\n",
-            '{path} cannot be read: Instruction "train" corresponds to no data.',
+            "{path} has no rows.",
         ),
         ("latin.txt", "caf\xe9", "{path} cannot be read: 'utf-8' codec can't decode byte 0xe9"),
     ],
@@ -127,14 +139,69 @@ def test_a_folder_without_data_is_named(tmp_path):
     assert str(caught.value) == f"{tmp_path} holds no .jsonl, .json, .parquet, .csv, .txt file."
 
 
-def test_a_folder_with_several_files_and_no_training_split_lists_them(tmp_path):
+def test_a_folder_whose_files_are_named_after_no_split_is_training_rows(tmp_path):
+    write(tmp_path / "1M-GPT4.jsonl")
+    write(tmp_path / "3M-GPT3.jsonl", json.dumps({"text": "more"}))
+    assert texts(tmp_path) == [*EVERY, "more"]
+    assert texts(tmp_path, "held_out") is None
+
+
+def test_a_folder_with_another_split_and_no_training_split_lists_its_files(tmp_path):
     write(tmp_path / "a.jsonl")
-    write(tmp_path / "b.jsonl")
+    write(tmp_path / "test.jsonl")
     with pytest.raises(UserError) as caught:
         load_rows(str(tmp_path), "train")
     assert str(caught.value) == (
-        f"{tmp_path} has no file named after the split train; it has a.jsonl, b.jsonl."
+        f"{tmp_path} has no file named after the split train; it has a.jsonl, test.jsonl."
     )
+
+
+def test_numbered_files_of_a_split_follow_one_another(tmp_path):
+    for number in range(3):
+        row = json.dumps({"text": f"part {number}"})
+        write(tmp_path / f"train-0000{number}-of-00003.jsonl", row)
+    write(tmp_path / "validation-00000-of-00001.jsonl", json.dumps({"text": "held out"}))
+    assert texts(tmp_path) == ["part 0", "part 1", "part 2"]
+    assert texts(tmp_path, "held_out") == ["held out"]
+    places = [(row.place, row.number) for row in find_rows(str(tmp_path), "train").pick()]
+    assert places == [(f"{tmp_path}/train-0000{n}-of-00003.jsonl", 1) for n in range(3)]
+
+
+def test_the_test_split_comes_first_where_a_test_is_asked_for(tmp_path):
+    for name in ("test", "train", "validation"):
+        write(tmp_path / f"{name}.jsonl", json.dumps({"text": name}))
+    assert texts(tmp_path, "test") == ["test"]
+    (tmp_path / "test.jsonl").unlink()
+    assert texts(tmp_path, "test") == ["validation"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_chosen_rows_come_in_one_sweep(tmp_path, kind):
+    import datasets
+
+    for part in range(2):
+        rows = [{"text": f"{part}/{n}"} for n in range(2500)]
+        path = tmp_path / f"train-0000{part}-of-00002.{kind}"
+        table = datasets.Dataset.from_list(rows)
+        table.to_json(path) if kind == "jsonl" else table.to_parquet(path, batch_size=300)
+    rows = find_rows(str(tmp_path), "train")
+    assert rows.count() == 5000
+    chosen = np.array([0, 1, 999, 1000, 2499, 2500, 4999])
+    found = list(rows.pick(chosen))
+    assert [row.values["text"] for row in found] == [
+        "0/0", "0/1", "0/999", "0/1000", "0/2499", "1/0", "1/2499"
+    ]  # fmt: skip
+    assert [row.number for row in found] == [1, 2, 1000, 1001, 2500, 1, 2500]
+
+
+def test_text_that_is_not_utf8_is_named_by_its_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [b'{"text": "a"}\n'] * 1200
+    lines[1100] = b'{"text": "caf\xe9"}\n'
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(UserError) as caught:
+        list(find_rows(str(path), "train").pick())
+    assert str(caught.value) == f"{path}, row 1101, is not UTF-8 text."
 
 
 def test_a_missing_column_is_named_beside_those_there_are():
