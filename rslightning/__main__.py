@@ -74,7 +74,14 @@ def build_parser() -> argparse.ArgumentParser:
     data = verbs.add_parser("data", help="data show --config RECIPE: what the model sees")
     data.add_argument("action", choices=("show",))
     data.add_argument("-n", type=int, default=3, metavar="N", help="training blocks to show")
-    data.add_argument("--config", required=True, metavar="RECIPE", help="and any option of fit")
+    data.add_argument("--ids", action="store_true", help="list each token: id, piece, target")
+    data.add_argument(
+        "--config",
+        required=True,
+        action="append",
+        metavar="RECIPE",
+        help="and any option of fit; several files merge as there",
+    )
     data.set_defaults(run=_show_data)
     recipes = verbs.add_parser("recipes", help="list, show or copy the packaged recipes")
     recipes.add_argument("action", nargs="?", choices=("list", "show", "copy"), default="list")
@@ -122,7 +129,8 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 def _show_data(arguments: argparse.Namespace) -> None:
     from rslightning.cli import show_data
 
-    show_data(["--config", arguments.config, *arguments.options], arguments.n)
+    configs = [word for name in arguments.config for word in ("--config", name)]
+    show_data([*configs, *arguments.options], arguments.n, arguments.ids)
 
 
 def _lazily(module: str, function: str) -> Callable[[argparse.Namespace], None]:
