@@ -12,9 +12,16 @@ from typing_extensions import final
 
 from rslightning.errors import UserError
 from rslightning.model_folder import ModelFolder, find_model_folder, is_hub_name
-from rslightning.rslora import collect_adapter, write_adapter
-from rslightning.rslora.linear import adapter_layers
-from rslightning.rslora.merge_folder import MergeReport, copy_description, merge_folder
+from rslightning.rslora import write_adapter
+from rslightning.rslora.merge_folder import (
+    MergeReport,
+    cast_weight,
+    copy_description,
+    match_weights,
+    merge_folder,
+)
+from rslightning.rslora.peft_modules import refuse_switched_off
+from rslightning.rslora.trained import trained_adapter
 from rslightning.storage import new_folder
 
 ADAPTER_FOLDER: Final = "adapter"
@@ -32,6 +39,9 @@ class MergeAdapters(Callback):
     shard by shard, so that the model in training stays as it is. Without adapters (full
     fine-tuning) only `merged/` is written.
 
+    It works in any Lightning project: on adapters of ours (`inject_adapters`) and on PEFT's LoRA
+    (`get_peft_model`, `add_adapter`), wherever the LightningModule keeps the model.
+
     Args:
         dtype: Dtype of the merged weights; null keeps the base's. bfloat16 can lose most of a
             small update: the report says how much, and above 20 % a warning does.
@@ -39,8 +49,9 @@ class MergeAdapters(Callback):
             from.
 
     Raises:
-        UserError: At the start of the fit, if the module holds no Hugging Face model, or the folder
-            to write to is taken by something else.
+        UserError: At the start of the fit, if the module holds no Hugging Face model, its base is
+            not on disk, the folder to write to is taken by something else, or something is trained
+            that a merge would lose: DoRA, biases, whole modules, several adapters at once, ...
         RunError: If a folder cannot be written; it is then absent, not half there.
     """
 
@@ -63,8 +74,15 @@ class MergeAdapters(Callback):
                 raise UserError(f"{folder} holds something else; MergeAdapters writes there.")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out now whether there is a model to merge into; before `setup` it is not built."""
-        language_model(pl_module)
+        """Find out now whether what will be trained can be merged; before `setup` it is not built.
+
+        The weights are read from the base at the end; now only their names are.
+        """
+        model = language_model(pl_module)
+        refuse_switched_off(model)
+        name, base = self._find_base(model)
+        if (adapter := trained_adapter(pl_module, model, name)) is not None:
+            match_weights(base, adapter)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -79,31 +97,45 @@ class MergeAdapters(Callback):
             return
         folder = run_folder(trainer)  # asks all processes
         if trainer.is_global_zero:
-            self._write(trainer, language_model(pl_module), folder)
+            self._write(trainer, pl_module, folder)
         trainer.strategy.barrier("rslightning.merge_adapters")
 
-    def _write(self, trainer: Trainer, model: Any, folder: Path) -> None:
-        if next(adapter_layers(model), None) is None:
-            _write_full(model, folder / MERGED_FOLDER, self.dtype)
+    def _write(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> None:
+        model = language_model(pl_module)
+        name, base = self._find_base(model)
+        adapter = trained_adapter(pl_module, model, name)
+        if adapter is None:
+            _write_full(model, base, folder / MERGED_FOLDER, self.dtype)
             rank_zero_info(f"merged: {folder / MERGED_FOLDER} (full fine-tuning, nothing to merge)")
             return
-        name = self.base_model or model.config.name_or_path
-        base = find_model_folder(name)
-        adapter = collect_adapter(model, name if is_hub_name(name) else str(base))
         write_adapter(adapter, folder / ADAPTER_FOLDER, replace=True)
         with new_folder(folder / MERGED_FOLDER, replace=True) as aside:
-            report = merge_folder(ModelFolder(base), adapter, aside, self.dtype)
+            report = merge_folder(base, adapter, aside, self.dtype)
             report.largest_logit_difference = self._logit_difference(trainer, model, aside)
             report.write(aside)
         _announce(report, folder)
 
+    def _find_base(self, model: Any) -> tuple[str, ModelFolder]:
+        """Return the base's name, as the adapter shall know it, and its folder."""
+        name = self.base_model or model.config.name_or_path
+        if not name:
+            raise UserError(
+                f"{type(model).__name__} was not loaded from a folder, so there is no base to "
+                "merge into: save the model before it is adapted (save_pretrained), and give "
+                "MergeAdapters that folder as base_model."
+            )
+        # The revision that was loaded: the Hub's newest one may have other weights.
+        revision = None if self.base_model else getattr(model.config, "_commit_hash", None)
+        folder = find_model_folder(name, revision)
+        return name if is_hub_name(name) else str(folder), ModelFolder(folder)
+
     @torch.no_grad()
     def _logit_difference(self, trainer: Trainer, model: Any, merged: Path) -> float | None:
         """Compare the model in training with the folder, loaded as anybody would load it."""
-        if self._sample is None:
+        if self._sample is None or getattr(model.config, "is_encoder_decoder", False):
             return None
         ids = self._sample.to(model.device)
-        was_training = model.training
+        in_training = [module for module in model.modules() if module.training]
         model.eval()
         with trainer.precision_plugin.forward_context():
             before = model(input_ids=ids, use_cache=False).logits.float()
@@ -115,7 +147,8 @@ class MergeAdapters(Callback):
                 .to(model.device)
             )
             after = reloaded(input_ids=ids, use_cache=False).logits.float()
-        model.train(was_training)
+        for module in in_training:
+            module.training = True
         return float((before - after).abs().max())
 
 
@@ -127,25 +160,49 @@ def run_folder(trainer: Trainer) -> Path:
 def language_model(module: nn.Module) -> Any:
     """Return the Hugging Face model inside `module`, known by what it offers.
 
+    A wrapper around it (PEFT's, `torch.compile`'s) is not taken for it. Of several, as a policy and
+    its reference, the first one that is trained is returned, else the first.
+
     Raises:
         UserError: If there is none.
     """
-    for child in module.modules():
-        if hasattr(child, "save_pretrained") and hasattr(child, "config"):
-            return child
-    raise UserError(f"{type(module).__name__} holds no Hugging Face model to merge adapters into.")
+    models = [child for child in module.modules() if _is_language_model(child)]
+    trained = (child for child in models if any(p.requires_grad for p in child.parameters()))
+    if not models:
+        raise UserError(
+            f"{type(module).__name__} holds no Hugging Face model to merge adapters into."
+        )
+    return next(trained, models[0])
 
 
-def _write_full(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
+def _is_language_model(module: nn.Module) -> bool:
+    """Tell whether `module` itself, and not what it passes on to, can be saved by transformers."""
+    kind = type(module)
+    is_wrapper = hasattr(kind, "get_base_model")
+    return hasattr(kind, "save_pretrained") and hasattr(module, "config") and not is_wrapper
+
+
+def _write_full(model: Any, base: ModelFolder, folder: Path, dtype: torch.dtype | None) -> None:
     """Save a fully fine-tuned model with the description that lay beside its base."""
-    state = {
-        name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-        for name, tensor in model.state_dict().items()
-    }
-    base = ModelFolder(find_model_folder(model.config.name_or_path))
     with new_folder(folder, replace=True) as aside:
-        model.save_pretrained(aside, state_dict=state)
+        model.save_pretrained(aside, state_dict=_cast_state(model, dtype))
         copy_description(base, aside, dtype or model.dtype)
+
+
+def _cast_state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the state of `model` in another dtype, a shared weight as one tensor under its names.
+
+    transformers leaves a tied head out of the file only where it is the embedding's own tensor.
+    """
+    if dtype is None:
+        return dict(model.state_dict())
+    state = model.state_dict(keep_vars=True)  # without it, each name has a tensor of its own
+    cast: dict[int, Tensor] = {}
+    for name, tensor in state.items():
+        target = dtype if tensor.is_floating_point() else tensor.dtype
+        if id(tensor) not in cast:
+            cast[id(tensor)] = cast_weight(name, tensor.detach(), target)
+    return {name: cast[id(tensor)] for name, tensor in state.items()}
 
 
 def _announce(report: MergeReport, folder: Path) -> None:
@@ -163,7 +220,9 @@ def _first_row(batch: Any) -> Tensor | None:
     """Return the ids [1, T] of a batch's first row without its padding, where it has such ids."""
     get = batch.get if isinstance(batch, Mapping) else lambda name: getattr(batch, name, None)
     ids, mask = get("input_ids"), get("attention_mask")
-    if not isinstance(ids, Tensor):
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
         return None
-    row = ids[0] if mask is None else ids[0][mask[0].bool()]
+    row = ids[0]
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        row = row[mask[0].bool()]
     return row[None].detach().clone()

@@ -78,7 +78,7 @@ def inject_adapters(
     """
     refuse_adapted(model)
     targets = select_targets(model, list(linear_modules(model)), spec.targets)
-    _refuse_tied(model, targets)
+    refuse_tied(model, {path: model.get_submodule(path) for path in targets})
     if unmatched := unmatched_patterns(spec, targets):
         raise UserError(
             f"rank_pattern or alpha_pattern key {unmatched[0]!r} matches none of the adapted "
@@ -96,6 +96,27 @@ def refuse_adapted(model: nn.Module) -> None:
     """Raise `UserError` if `model` has adapters already."""
     if next(adapter_layers(model), None) is not None:
         raise UserError("The model has adapters already; merge or remove them before injecting.")
+
+
+def refuse_tied(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    """Raise `UserError` if the weight of a target is another module's, too.
+
+    Args:
+        model: What holds the targets.
+        targets: Path of each target -> the linear map there, or inside its adapter.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for path, linear in targets.items():
+        others = [
+            name for name in owners.get(id(linear.weight), []) if not name.startswith(f"{path}.")
+        ]
+        if others:
+            raise UserError(
+                f"{path} shares its weight with {others[0]}: merging an adapter would change both. "
+                "Leave it out of targets, or untie the weights first."
+            )
 
 
 def wrap_linears(
@@ -225,20 +246,6 @@ def _suggest(name: str, candidates: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, sorted(known), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"{hint} Linear modules here: {', '.join(last_segments)}."
-
-
-def _refuse_tied(model: nn.Module, targets: Sequence[str]) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for path in targets:
-        weight = model.get_submodule(path).weight
-        others = [name for name in owners[id(weight)] if name != f"{path}.weight"]
-        if others:
-            raise UserError(
-                f"{path} shares its weight with {others[0]}: merging an adapter would change both. "
-                "Leave it out of targets, or untie the weights first."
-            )
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

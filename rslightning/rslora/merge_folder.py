@@ -110,7 +110,7 @@ def merge_folder(
         UserError: If a module of the adapter is not in `base` or has another shape there.
         RunError: If a merged weight is not finite.
     """
-    keys = _match_keys(base, adapter)
+    keys = match_weights(base, adapter)
     report = MergeReport(dtype_name(dtype) if dtype else _stored_dtype(base))
     weight_map: dict[str, str] = {}
     total_size = 0
@@ -126,7 +126,7 @@ def merge_folder(
                         path, weight, adapter.layers[path], target
                     )
                 else:
-                    shard[name] = _cast(name, weight, target)
+                    shard[name] = cast_weight(name, weight, target)
         save_tensors(shard, output / file)
         weight_map |= dict.fromkeys(names, file)
         total_size += sum(t.numel() * t.element_size() for t in shard.values())
@@ -143,8 +143,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _match_keys(base: ModelFolder, adapter: Adapter) -> dict[str, str]:
-    """Return tensor name in the checkpoint -> module path of the adapter."""
+def match_weights(base: ModelFolder, adapter: Adapter) -> dict[str, str]:
+    """Return tensor name in the checkpoint -> module path of the adapter.
+
+    Raises:
+        UserError: If a module of the adapter is not in `base`, or the weights of `base` are missing
+            or damaged.
+    """
     keys = {}
     for path in adapter.layers:
         key = unique_key(base.tensor_names, f"{path}.weight")
@@ -173,8 +178,12 @@ def _merge(
     )
 
 
-def _cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a weight without adapter in another dtype; float16 is too small for some."""
+def cast_weight(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight without adapter in another dtype.
+
+    Raises:
+        RunError: If an entry is not finite in it: float16 is too small for some.
+    """
     cast = weight.to(dtype)
     if cast.dtype != weight.dtype and not torch.isfinite(cast).all():
         raise RunError(f"{name} has entries that are not finite in {dtype_name(dtype)}.")

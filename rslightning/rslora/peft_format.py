@@ -135,6 +135,30 @@ def read_adapter(folder: str | Path) -> Adapter:
     )
 
 
+def check_plain_lora(config: Mapping[str, Any], source: str) -> None:
+    """Check the settings of a PEFT configuration, read from a file or from a live model.
+
+    Args:
+        config: PEFT's keys and their values.
+        source: What the settings are of, for the message.
+
+    Raises:
+        UserError: If one of them says that the adapter is not plain LoRA.
+    """
+    if (kind := config.get("peft_type")) != "LORA":
+        kind = getattr(kind, "value", kind)
+        raise UserError(f"{source} has peft_type {kind!r}; only LORA can be read.")
+    for key, plain in UNSUPPORTED.items():
+        value = config.get(key)
+        if value != plain and value:
+            raise UserError(f"{source} sets {key} to {value!r}, which plain LoRA does not have.")
+    if (init := config.get("init_lora_weights", True)) not in PLAIN_INITS:
+        raise UserError(
+            f"{source} sets init_lora_weights to {init!r}, which may change the base weights, too; "
+            "convert the adapter to plain LoRA with PEFT first."
+        )
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
@@ -143,18 +167,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist: {folder} is not an adapter folder.") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}.") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise UserError(f"{path} has peft_type {kind!r}; only LORA can be read.")
-    for key, plain in UNSUPPORTED.items():
-        value = config.get(key)
-        if value != plain and value:
-            raise UserError(f"{path} sets {key} to {value!r}, which plain LoRA does not have.")
-    if (init := config.get("init_lora_weights", True)) not in PLAIN_INITS:
-        raise UserError(
-            f"{path} sets init_lora_weights to {init!r}, which may change the base weights, too; "
-            "convert the adapter to plain LoRA with PEFT first."
-        )
+    if not isinstance(config, dict):
+        config = {}
+    check_plain_lora(config, str(path))
     return config
 
 

@@ -157,6 +157,29 @@ def test_full_fine_tuning_leaves_the_model_alone(
     assert module.model.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
+def test_a_tied_head_is_saved_once(
+    make_trainer, make_module, make_data, make_llama, model_folder, tmp_path, dtype
+):
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    vocabulary = AutoTokenizer.from_pretrained(base).vocab_size
+    make_llama(vocabulary, tie_word_embeddings=True).save_pretrained(base)
+    module = make_module(base, adapter=None)
+    fit(make_trainer, module, make_data(), MergeAdapters(dtype=dtype))
+    saved = load_file(tmp_path / "merged/model.safetensors")
+    assert saved.keys() == load_file(base / "model.safetensors").keys()
+    assert "lm_head.weight" not in saved
+    module.model.save_pretrained(tmp_path / "theirs")  # float32; transformers casts as it loads
+    target = getattr(torch, dtype or "float32")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=target).eval()
+    assert {tensor.dtype for tensor in saved.values()} == {target}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").eval()
+    ids = torch.arange(3, 23).reshape(2, 10)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, expected(input_ids=ids).logits)
+    assert module.model.dtype == torch.float32
+
+
 def test_a_second_fit_replaces_the_folders_of_the_first(
     make_trainer, make_module, make_data, tmp_path
 ):

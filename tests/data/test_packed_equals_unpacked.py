@@ -1,17 +1,11 @@
 """The loss and the gradients of packed rows are those of the same rows one by one."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTJConfig,
-    GPTJForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
 
 from rslightning.batch import IGNORED
 from rslightning.data.blocks import Block
@@ -22,34 +16,21 @@ from rslightning.rslora import AdapterSpec, adapter_layers, adapter_parameters, 
 LENGTHS = [[7, 4, 11], [13, 9]]
 
 
-def llama(attention):
-    config = LlamaConfig(
-        vocab_size=53,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,  # so that attention matters
-        attn_implementation=attention,
-    )
-    return LlamaForCausalLM(config)
-
-
-def gpt2(attention):
-    config = GPT2Config(
-        vocab_size=53, n_positions=64, n_embd=24, n_layer=2, n_head=4, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation=attention,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config)
-
-
-def gptj(attention):
-    config = GPTJConfig(
-        vocab_size=53, n_positions=64, n_embd=24, n_layer=2, n_head=4, rotary_dim=4,
-        attn_implementation=attention,
-    )  # fmt: skip
+def random_gptj(**options):
+    config = GPTJConfig(vocab_size=53, n_positions=64, n_embd=24, n_layer=2, n_head=4, **options)
     return GPTJForCausalLM(config)
+
+
+@pytest.fixture
+def build(make_llama, make_gpt2):
+    """Return a function from an architecture and an attention implementation to a random model."""
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    factories = {
+        "llama": partial(make_llama, 53),
+        "gpt2": partial(make_gpt2, **no_dropout),
+        "gptj": partial(random_gptj, rotary_dim=4),
+    }
+    return lambda kind, attention: factories[kind](attn_implementation=attention)
 
 
 def examples(vocabulary=53):
@@ -101,12 +82,18 @@ def assert_same(model, vocabulary=53):
 
 
 @pytest.mark.parametrize(
-    ("build", "attention"),  # GPT-J has no sdpa
-    [(llama, "sdpa"), (llama, "eager"), (gpt2, "sdpa"), (gpt2, "eager"), (gptj, "eager")],
+    ("kind", "attention"),  # GPT-J has no sdpa
+    [
+        ("llama", "sdpa"),
+        ("llama", "eager"),
+        ("gpt2", "sdpa"),
+        ("gpt2", "eager"),
+        ("gptj", "eager"),
+    ],
 )
-def test_packing_changes_no_loss_and_no_gradient(build, attention):
+def test_packing_changes_no_loss_and_no_gradient(build, kind, attention):
     torch.manual_seed(0)
-    assert_same(adapted(build(attention)))
+    assert_same(adapted(build(kind, attention)))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -117,8 +104,8 @@ def test_packing_changes_nothing_on_a_real_model(babyllama361, attention):
     assert_same(adapted(model), vocabulary=361)
 
 
-def test_a_row_without_borders_is_noticed():
-    model = adapted(llama("sdpa"))
+def test_a_row_without_borders_is_noticed(build):
+    model = adapted(build("llama", "sdpa"))
     blocks = [join(row) for row in examples()]
     nats, _, _ = loss_and_gradients(model, blocks)
 

@@ -9,13 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from rslightning.errors import RunError, UserError
 from rslightning.model_folder import INDEX_FILE, WEIGHTS_FILE, ModelFolder
@@ -31,35 +25,6 @@ from rslightning.storage import new_folder
 
 SHARD_SIZES = {"one_file": "1GB", "shards": "10KB"}
 Q_PROJ = "model.layers.0.self_attn.q_proj"
-
-
-def tiny_gpt2():
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=53,
-        n_embd=24,
-        n_layer=2,
-        n_head=4,
-        n_inner=40,
-        n_positions=32,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    return GPT2LMHeadModel(config)
-
-
-def tied_llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=53,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
 
 
 def adapted(model, std=0.05, **fields):
@@ -108,9 +73,9 @@ def test_the_folder_is_the_merge_in_memory(tiny_llama, tmp_path, shards, dtype):
     assert_same_bits(reloaded.state_dict(), unwrap_adapters(tiny_llama).state_dict())
 
 
-@pytest.mark.parametrize("make", [tied_llama, tiny_gpt2])
-def test_tied_heads_and_conv1d(tmp_path, make):
-    model = make()
+@pytest.mark.parametrize("kind", ["tied_llama", "gpt2"])
+def test_tied_heads_and_conv1d(tmp_path, make_llama, make_gpt2, kind):
+    model = make_gpt2() if kind == "gpt2" else make_llama(53, tie_word_embeddings=True)
     base = saved(model, tmp_path / "base")
     merged(base, collect_adapter(adapted(model)), tmp_path / "merged")
     merge_adapters(model)
@@ -118,8 +83,8 @@ def test_tied_heads_and_conv1d(tmp_path, make):
     assert_same_bits(reloaded.state_dict(), unwrap_adapters(model).state_dict())
 
 
-def test_a_checkpoint_without_the_outermost_segment(tmp_path):
-    model = tiny_gpt2()
+def test_a_checkpoint_without_the_outermost_segment(tmp_path, make_gpt2):
+    model = make_gpt2()
     base = saved(model.transformer, tmp_path / "base")  # h.0..., as GPT-2's own is stored
     assert "h.0.attn.c_attn.weight" in base.tensor_names
     merged(base, collect_adapter(adapted(model)), tmp_path / "merged")
@@ -131,16 +96,16 @@ def test_a_checkpoint_without_the_outermost_segment(tmp_path):
 # PEFT corrects the setting itself, and says so.
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 @pytest.mark.parametrize("fan_in_fan_out", [True, False])
-def test_an_adapter_of_peft_on_conv1d(tmp_path, fan_in_fan_out):
+def test_an_adapter_of_peft_on_conv1d(tmp_path, fan_in_fan_out, make_gpt2):
     config = LoraConfig(
         r=3,
         target_modules=["c_attn", "c_proj", "c_fc"],  # attn.c_proj is square
         fan_in_fan_out=fan_in_fan_out,
         init_lora_weights=False,
     )
-    theirs = get_peft_model(tiny_gpt2(), config)
+    theirs = get_peft_model(make_gpt2(), config)
     theirs.save_pretrained(tmp_path / "adapter")
-    base = saved(tiny_gpt2(), tmp_path / "base")
+    base = saved(make_gpt2(), tmp_path / "base")
     merged(base, read_adapter(tmp_path / "adapter"), tmp_path / "merged")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     truth = theirs.merge_and_unload().state_dict()
@@ -279,8 +244,8 @@ def test_the_report_as_a_file(tmp_path):
     }
 
 
-def test_an_adapter_of_another_base(tiny_llama, tmp_path):
-    base = saved(tiny_gpt2(), tmp_path / "base")
+def test_an_adapter_of_another_base(tiny_llama, tmp_path, make_gpt2):
+    base = saved(make_gpt2(), tmp_path / "base")
     adapter = collect_adapter(adapted(tiny_llama))
     with pytest.raises(UserError) as error:
         merged(base, adapter, tmp_path / "merged")
@@ -371,8 +336,8 @@ def test_the_folder_computes_what_an_attached_adapter_computes(tiny_llama, tmp_p
     )
 
 
-def test_one_file_goes_before_an_index_as_in_transformers(tiny_llama, tmp_path):
-    saved(tied_llama(), tmp_path / "old")
+def test_one_file_goes_before_an_index_as_in_transformers(tiny_llama, tmp_path, make_llama):
+    saved(make_llama(53, tie_word_embeddings=True), tmp_path / "old")
     base = saved(tiny_llama, tmp_path / "base", "one_file")
     for path in (tmp_path / "old").glob("*safetensors*"):
         path.rename(base.path / path.name)

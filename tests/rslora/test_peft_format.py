@@ -8,7 +8,6 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from rslightning.errors import UserError
 from rslightning.rslora.adapters import attach_adapter, collect_adapter
@@ -60,22 +59,6 @@ def logits(model):
         return model.eval()(input_ids=IDS).logits
 
 
-def tiny_gpt2():
-    """Return a GPT-2, whose linear maps are `Conv1D`; its attention output is square."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=53,
-        n_embd=24,
-        n_layer=2,
-        n_head=4,
-        n_inner=40,
-        n_positions=32,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    return GPT2LMHeadModel(config)
-
-
 @pytest.mark.parametrize("patterns", PATTERNS)
 @pytest.mark.parametrize("scaling", RANK_EXPONENT)
 def test_peft_computes_the_same_function(tiny_llama, tmp_path, scaling, patterns):
@@ -122,8 +105,8 @@ def test_a_pattern_whose_path_ends_another_one(tmp_path, scaling, special):
 
 
 @pytest.mark.parametrize("scaling", RANK_EXPONENT)
-def test_peft_computes_the_same_function_on_conv1d(tmp_path, scaling):
-    model, base = tiny_gpt2(), tiny_gpt2()
+def test_peft_computes_the_same_function_on_conv1d(tmp_path, scaling, make_gpt2):
+    model, base = make_gpt2(), make_gpt2()
     adapted(model, scaling=scaling, rank_pattern={"c_attn": 5})
     write_adapter(collect_adapter(model), tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(base, tmp_path / "adapter")
@@ -188,7 +171,7 @@ def test_an_adapter_of_peft_opens_here(tiny_llama, tmp_path, options):
         torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-7)
 
 
-def test_an_adapter_of_peft_on_conv1d_opens_here(tmp_path):
+def test_an_adapter_of_peft_on_conv1d_opens_here(tmp_path, make_gpt2):
     targets = ["c_attn", "c_proj", "c_fc"]
     config = LoraConfig(
         r=4,
@@ -198,10 +181,10 @@ def test_an_adapter_of_peft_on_conv1d_opens_here(tmp_path):
         rank_pattern={"c_attn": 9},
         task_type="CAUSAL_LM",
     )
-    theirs = randomize(get_peft_model(tiny_gpt2(), config), ("lora_A", "lora_B"))
+    theirs = randomize(get_peft_model(make_gpt2(), config), ("lora_A", "lora_B"))
     theirs.save_pretrained(tmp_path)
 
-    model = tiny_gpt2()
+    model = make_gpt2()
     adapter = read_adapter(tmp_path)
     assert len(adapter.layers) == 8
     assert all(layer.transposed for layer in adapter.layers.values())
@@ -458,10 +441,10 @@ def test_shards_that_were_not_gathered(folder):
     )
 
 
-def test_an_adapter_of_another_base_is_not_attached(folder):
+def test_an_adapter_of_another_base_is_not_attached(folder, make_gpt2):
     adapter = read_adapter(folder)
     with pytest.raises(UserError) as error:
-        attach_adapter(tiny_gpt2(), adapter)
+        attach_adapter(make_gpt2(), adapter)
     assert str(error.value) == (
         "The adapter has matrices for model.layers.0.self_attn.v_proj, where the model has no "
         "linear module: it was trained on another base model."
