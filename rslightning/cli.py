@@ -8,6 +8,7 @@ import argparse
 import errno
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -21,13 +22,19 @@ from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from rslightning.callbacks import BeforeAfter, MergeAdapters, RunSummary, TrainableCheckpoint
+from rslightning.callbacks import (
+    BeforeAfter,
+    MergeAdapters,
+    RunSummary,
+    ScoreAnswers,
+    TrainableCheckpoint,
+)
 from rslightning.callbacks.merge_adapters import run_folder
 from rslightning.callbacks.predictions import WritePredictions
 from rslightning.checkpoint import read_checkpoint
 from rslightning.cli_errors import explain
 from rslightning.data import TextDataModule
-from rslightning.data.show import describe_blocks
+from rslightning.data.show import choose_marks, describe_data
 from rslightning.errors import RunError, UserError
 from rslightning.module import CausalLMModule
 from rslightning.recipes import find_config
@@ -37,6 +44,7 @@ GROUPS: Final[dict[str, tuple[Any, dict[str, Any] | None]]] = {
     "merge_adapters": (MergeAdapters | None, {}),
     "before_after": (BeforeAfter | None, None),
     "checkpoint": (TrainableCheckpoint | None, {}),
+    "score_answers": (ScoreAnswers | None, {}),
 }
 
 # Lines of jsonargparse that say where it was, not what is wrong.
@@ -153,20 +161,27 @@ def run(arguments: Sequence[str]) -> None:
     _parse(arguments)
 
 
-def show_data(arguments: Sequence[str], count: int) -> None:
-    """Print the first training blocks of a configuration, decoded, with their targets marked.
+def show_data(arguments: Sequence[str], count: int, ids: bool = False) -> None:
+    """Print the first training blocks of a configuration, all lengths, and what packing saves.
 
     Args:
         arguments: Options as of `fit`.
         count: How many blocks.
+        ids: Whether to list the tokens of each example, too.
 
     Raises:
-        UserError: As `run`, and what the data itself raises.
+        UserError: As `run`, if `count` is negative, and what the data itself raises.
     """
+    if count < 0:
+        raise UserError(f"-n is a number of blocks, got {count}.")
     data = _parse(arguments, run=False).datamodule
     data.setup("fit")
-    for text in describe_blocks(data, count):
-        print(text)
+    try:
+        for text in describe_data(data, count, choose_marks(sys.stdout, os.environ), ids):
+            print(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse(arguments: Sequence[str], run: bool = True) -> RecipeCLI:

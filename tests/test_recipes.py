@@ -1,9 +1,19 @@
 """Every recipe and fragment parses, and trains two steps on a tiny model."""
 
 import itertools
+import json
 
 import pytest
+import torch
 import yaml
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTJConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 
 from rslightning.__main__ import main
 from rslightning.recipes import find_config, packaged_names, packaged_root
@@ -15,8 +25,8 @@ FRAGMENTS = [name for name in packaged_names() if name.startswith("configs/")]
 def test_all_of_them_are_found():
     root = packaged_root()
     on_disk = [*(root / "recipes").rglob("*.yaml"), *(root / "configs").rglob("*.yaml")]
-    assert len(on_disk) == len(packaged_names()) == 10
-    assert len(RECIPES) == 5
+    assert len(on_disk) == len(packaged_names()) == 14
+    assert len(RECIPES) == 9
 
 
 @pytest.mark.parametrize("name", packaged_names())
@@ -29,19 +39,76 @@ def test_each_says_its_purpose_and_includes_no_other_file(name):
         assert len(content) == 1  # one subtree
 
 
+SIZES = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+}
+OTHERS = {  # the architectures of bases that are no Llamas
+    "EleutherAI/gpt-j-6b": lambda **kind: GPTJConfig(
+        n_embd=24, n_layer=2, n_head=4, n_inner=40, rotary_dim=4, **kind
+    ),
+    "Qwen/Qwen3-4B-Base": lambda **kind: Qwen3Config(**SIZES, tie_word_embeddings=True, **kind),
+    "mistralai/Mistral-7B-Instruct-v0.3": lambda **kind: MistralConfig(**SIZES, **kind),
+}
+TURN_BY_TURN = (  # as Mistral's: users and assistants in turn, nobody else
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turn') }}{% endif %}"
+    "{{ '[INST] ' + m.content + '[/INST]' if m.role == 'user' else ' ' + m.content + eos_token }}"
+    "{% endfor %}"
+)
+
+
+def read(recipe) -> dict:
+    return yaml.safe_load(find_config(recipe).read_text())
+
+
+def save_tiny(config: PreTrainedConfig, tokenizer, folder):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(model_folder, tmp_path_factory):
+    """Return base -> tiny random model of its architecture, the tokenizer with a chat template."""
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.chat_template = TURN_BY_TURN
+    kind = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return {
+        base: save_tiny(make(**kind), tokenizer, root / base.replace("/", "_"))
+        for base, make in OTHERS.items()
+    }
+
+
+def dialogue(index: int) -> dict:
+    turns = [("user", f"Is {index} even?"), ("assistant", "Yes." if index % 2 == 0 else "No.")]
+    turns += [("user", "Sure?"), ("assistant", f"{index} it is.")] * (index % 3)
+    if index % 5 == 4:
+        turns.insert(0, ("system", "Be brief."))
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
 @pytest.fixture
-def tiny(tmp_path, model_folder, orca_folder, gsm8k_folder, monkeypatch):
+def tiny(tmp_path, models, model_folder, orca_folder, gsm8k_folder, monkeypatch):
     """Return the options that put the tiny model and data in the place of a recipe's."""
     monkeypatch.chdir(tmp_path)
     text = tmp_path / "lines.txt"
     text.write_text("A line of text.\n" * 40)
-    folders = {"OpenOrca": orca_folder, "GSM8K": gsm8k_folder, "PlainText": text}
+    chat = tmp_path / "dialogues.jsonl"
+    chat.write_text("".join(json.dumps(dialogue(index)) + "\n" for index in range(40)))
+    folders = {"OpenOrca": orca_folder, "GSM8K": gsm8k_folder, "PlainText": text, "Chat": chat}
 
     def options(recipe):
-        data = yaml.safe_load(find_config(recipe).read_text())["data"]["class_path"]
-        path = folders[data.rpartition(".")[2]]
+        content = read(recipe)
+        path = folders[content["data"]["class_path"].rpartition(".")[2]]
         return [
-            f"--model.base_model={model_folder}",
+            f"--model.base_model={models.get(content['model']['base_model'], model_folder)}",
             "--model.pretrained=true",
             f"--data.path={path}",
             "--data.max_length=128",
@@ -53,6 +120,12 @@ def tiny(tmp_path, model_folder, orca_folder, gsm8k_folder, monkeypatch):
     return options
 
 
+def test_every_base_that_is_no_llama_has_its_own_tiny_model():
+    bases = {read(recipe)["model"]["base_model"] for recipe in RECIPES}
+    assert OTHERS.keys() < bases
+    assert all("llama" in base.lower() for base in bases - OTHERS.keys())
+
+
 @pytest.mark.filterwarnings("ignore:Rounding to bfloat16 lost")  # of two steps' tiny updates
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -62,6 +135,42 @@ def test_a_recipe_trains_two_steps(recipe, tiny, tmp_path):
     (run,) = (tmp_path / "runs").glob("*/version_0")
     assert (run / "merged" / "model.safetensors").exists()
     assert (run / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if "gsm8k" in name])
+def test_answers_to_gsm8k_have_room_and_are_scored(recipe, tiny, tmp_path):
+    assert read(recipe)["model"]["max_new_tokens"] >= 300
+    options = [*tiny(recipe), "--model.max_new_tokens=5"]
+    assert main(["test", "--config", recipe, *options]) == 0
+    (run,) = (tmp_path / "runs").glob("*/version_0")
+    lines = (run / "test_answers.jsonl").read_text().splitlines()
+    assert [set(json.loads(line)) for line in lines] == [
+        {"prompt", "answer", "reference", "right"}
+    ] * 5
+
+
+def test_the_chat_recipe_skips_what_its_template_refuses(tiny, caplog):
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
+    recipe = "recipes/mistral_chat.yaml"
+    fragment = ["--config", "configs/debug/two_steps.yaml", "--merge_adapters=null"]
+    assert main(["fit", "--config", recipe, *fragment, *tiny(recipe)]) == 0
+    said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("data: ")]
+    skipped = [int(message.split(" bad rows skipped")[0].split()[-1]) for message in said]
+    assert sum(skipped) == 8  # every fifth of 40
+
+
+def test_the_baseline_differs_in_its_scaling_alone():
+    ours, baseline = (read(f"recipes/llama2_openorca{end}.yaml") for end in ("", "_lora"))
+    assert (ours["model"]["adapter"].pop("scaling"), ours["trainer"].pop("logger")) != (None, None)
+    assert baseline["model"]["adapter"].pop("scaling") == "lora"
+    assert baseline["trainer"].pop("logger")["init_args"]["name"] == "llama2_openorca_lora"
+    assert ours == baseline
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_run_is_logged_under_its_recipe_s_name(recipe):
+    name = read(recipe)["trainer"]["logger"]["init_args"]["name"]
+    assert recipe == f"recipes/{name}.yaml"
 
 
 @pytest.mark.parametrize("fragment", FRAGMENTS)

@@ -4,9 +4,20 @@ They carry the `final` of typing_extensions: jsonargparse reads that mark (it le
 written without `class_path`), and Python 3.10's own `final` leaves none.
 """
 
+from rslightning.callbacks.activation_moments import ActivationMomentMonitor
 from rslightning.callbacks.before_after import BeforeAfter
 from rslightning.callbacks.checkpoint import TrainableCheckpoint
+from rslightning.callbacks.gradient_norm import GradientNormMonitor
 from rslightning.callbacks.merge_adapters import MergeAdapters
 from rslightning.callbacks.run_summary import RunSummary
+from rslightning.callbacks.score_answers import ScoreAnswers
 
-__all__ = ["BeforeAfter", "MergeAdapters", "RunSummary", "TrainableCheckpoint"]
+__all__ = [
+    "ActivationMomentMonitor",
+    "BeforeAfter",
+    "GradientNormMonitor",
+    "MergeAdapters",
+    "RunSummary",
+    "ScoreAnswers",
+    "TrainableCheckpoint",
+]
