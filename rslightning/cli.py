@@ -23,10 +23,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rslightning.callbacks import (
+    ActivationMomentMonitor,
     BeforeAfter,
+    GradientNormMonitor,
     MergeAdapters,
+    NonFiniteGuard,
     RunSummary,
     ScoreAnswers,
+    TensorBoardPanels,
     TrainableCheckpoint,
 )
 from rslightning.callbacks.merge_adapters import run_folder
@@ -41,6 +45,9 @@ from rslightning.recipes import find_config
 
 # Group name -> (type, default). `null` turns a group off. They run in this order, the summary last.
 GROUPS: Final[dict[str, tuple[Any, dict[str, Any] | None]]] = {
+    "gradient_norm": (GradientNormMonitor | None, {}),
+    "activation_moments": (ActivationMomentMonitor | None, {}),
+    "non_finite_guard": (NonFiniteGuard | None, {}),
     "merge_adapters": (MergeAdapters | None, {}),
     "before_after": (BeforeAfter | None, None),
     "checkpoint": (TrainableCheckpoint | None, {}),
@@ -124,7 +131,8 @@ class RecipeCLI(LightningCLI):
         """Build the Trainer with the callbacks of all groups that are on."""
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         groups = [self._get(self.config_init, name) for name in GROUPS]
-        ours = [callback for callback in groups if callback is not None] + [RunSummary()]
+        ours = [callback for callback in groups if callback is not None]
+        ours += [TensorBoardPanels(), RunSummary()]
         if self.subcommand == "predict":
             ours.append(WritePredictions())
         if config.get("enable_progress_bar") is not False:

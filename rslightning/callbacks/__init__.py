@@ -9,15 +9,19 @@ from rslightning.callbacks.before_after import BeforeAfter
 from rslightning.callbacks.checkpoint import TrainableCheckpoint
 from rslightning.callbacks.gradient_norm import GradientNormMonitor
 from rslightning.callbacks.merge_adapters import MergeAdapters
+from rslightning.callbacks.non_finite_guard import NonFiniteGuard
 from rslightning.callbacks.run_summary import RunSummary
 from rslightning.callbacks.score_answers import ScoreAnswers
+from rslightning.callbacks.tensorboard_panels import TensorBoardPanels
 
 __all__ = [
     "ActivationMomentMonitor",
     "BeforeAfter",
     "GradientNormMonitor",
     "MergeAdapters",
+    "NonFiniteGuard",
     "RunSummary",
     "ScoreAnswers",
+    "TensorBoardPanels",
     "TrainableCheckpoint",
 ]

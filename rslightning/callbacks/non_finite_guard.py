@@ -1,0 +1,179 @@
+"""Stop a run whose loss or gradient is not finite, before its weights are spoiled."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import final
+
+from rslightning.errors import RunError
+from rslightning.stats.distributed import read_squares
+
+
+@final
+class NonFiniteGuard(Callback):
+    """Stop the run at the first optimizer step whose loss or gradient is not finite.
+
+    The optimizer does not take that step on any process: the weights are those of the step before,
+    and a checkpoint callback that saves on exceptions (as `TrainableCheckpoint` does) keeps them as
+    `last`. The message names the step and the module whose output is the first that is not finite,
+    which a second forward pass over the step's batches finds; where all outputs are finite, it
+    names the parameter whose gradient is not.
+
+    Works with any LightningModule. The host waits for the device once per optimizer step. Under
+    float16's scaler, which skips steps on purpose, and under DeepSpeed, which keeps the gradients
+    to itself, only the loss is looked at: a gradient then shows one step later, as a loss.
+
+    Raises:
+        RunError: If the loss or a gradient is not finite.
+    """
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[Any, int]] = []  # micro-batches of the open step
+        self._losses: list[Tensor] = []
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the batch, in case it is to blame."""
+        self._batches.append((batch, batch_idx))
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Remember the loss; the host does not wait."""
+        self._losses.append(loss.detach().float().sum())
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Look at losses and gradients before they reach the weights."""
+        batches, losses = self._batches, self._losses
+        if _is_boundary(trainer):
+            self._batches, self._losses = batches[-1:] if len(trainer.optimizers) > 1 else [], []
+        numbers = [*losses, *_gradient_norm(trainer, pl_module)]
+        if not numbers:
+            return
+        device = trainer.strategy.root_device
+        finite = torch.stack([number.to(device).isfinite() for number in numbers]).float()
+        found = finite.amin() if trainer.world_size == 1 else _everywhere(trainer, finite.amin())
+        if not bool(found):
+            step = trainer.global_step + 1
+            raise RunError(_explain(trainer, pl_module, step, batches, losses))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Under manual optimization the batch is over when it ends, stepped or not."""
+        if not pl_module.automatic_optimization:
+            self._batches, self._losses = [], []
+
+
+def _is_boundary(trainer: Trainer) -> bool:
+    strategy = trainer.strategy
+    if isinstance(strategy, DeepSpeedStrategy):  # where the hook runs for every micro-batch
+        return bool(strategy.deepspeed_engine.is_gradient_accumulation_boundary())
+    return True
+
+
+def _gradient_norm(trainer: Trainer, module: nn.Module) -> list[Tensor]:
+    """Return the squared norm of all gradients, or nothing where they may or must not be read."""
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if scaled or isinstance(trainer.strategy, DeepSpeedStrategy) or not trained:
+        return []
+    return [read_squares(trained, trainer.strategy.root_device).sum()]
+
+
+def _everywhere(trainer: Trainer, finite: Tensor) -> Tensor:
+    """Return 1 if `finite` is 1 on all processes, else 0: they must stop together."""
+    reduced = trainer.strategy.reduce(finite, reduce_op="sum")
+    return torch.as_tensor(reduced) == trainer.world_size
+
+
+def _explain(
+    trainer: Trainer,
+    module: LightningModule,
+    step: int,
+    batches: Sequence[tuple[Any, int]],
+    losses: Sequence[Tensor],
+) -> str:
+    bad = [f"{loss.item():g}" for loss in losses if not loss.isfinite()]
+    what = f"the loss is {bad[0]}" if bad else "a gradient is not finite"
+    source = _first_output(trainer, module, batches) or _first_gradient(module)
+    where = f"; the first such value is {source}" if source else ""
+    checkpoint = getattr(trainer.checkpoint_callback, "dirpath", None)
+    kept = f" The weights of step {step - 1} are kept in {checkpoint}." if checkpoint else ""
+    return (
+        f"Step {step} was not taken: {what}{where}.{kept} A lower learning rate, warm-up or "
+        "trainer.gradient_clip_val may help."
+    )
+
+
+@torch.no_grad()
+def _first_output(
+    trainer: Trainer, module: LightningModule, batches: Sequence[tuple[Any, int]]
+) -> str | None:
+    """Run the batches again; return the first module whose output is not finite."""
+    found: list[str] = []
+    with _listening(module, found.append), trainer.precision_plugin.train_step_context():
+        for arguments in batches:
+            taken = len(signature(module.training_step).parameters)
+            module.training_step(*arguments[:taken])
+            if found:
+                return f"an output of {found[0]}"
+    return None
+
+
+@contextmanager
+def _listening(module: LightningModule, found: Callable[[str], None]) -> Iterator[None]:
+    """Call `found` with the path of each module whose output is not finite; log nothing."""
+    silent: dict[str, Any] = dict.fromkeys(("log", "log_dict"), lambda *_, **__: None)
+    handles = [
+        child.register_forward_hook(partial(_inspect, path=path, found=found))
+        for path, child in module.named_modules()
+        if path
+    ]
+    vars(module).update(silent)
+    try:
+        yield
+    finally:
+        for name in silent:
+            del vars(module)[name]
+        for handle in handles:
+            handle.remove()
+
+
+def _inspect(
+    module: nn.Module, inputs: Any, output: Any, path: str, found: Callable[[str], None]
+) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in _tensors(output)):
+        found(path)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors of floating point in a module's output."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _first_gradient(module: nn.Module) -> str | None:
+    """Return the parameter whose gradient is the first that is not finite in a backward pass."""
+    for name, parameter in reversed(list(module.named_parameters())):
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            return f"in the gradient of {name}"
+    return None

@@ -1,0 +1,193 @@
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.demos.boring_classes import RandomDataset
+from torch import nn
+from torch.utils.data import DataLoader
+
+from rslightning.__main__ import main
+from rslightning.callbacks import NonFiniteGuard, TrainableCheckpoint
+from rslightning.errors import RunError
+from rslightning.rslora import adapter_state_dict
+
+
+class Poison(torch.autograd.Function):
+    """The identity, with a gradient that is not finite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+
+def spoil(module, path, when, value=float("inf"), gradient=False):
+    """Let a module's output be `value` (or its gradient NaN) in the forward passes `when`."""
+    passes = iter(range(10**6))
+
+    def hook(_, inputs, output):
+        if not torch.is_grad_enabled():  # the second look: the culprit is still there
+            return output if gradient else output * value
+        if next(passes) not in when:
+            return output
+        return Poison.apply(output) if gradient else output * value
+
+    module.configure_model()
+    module.get_submodule(path).register_forward_hook(hook)
+
+
+PLACE = "model.model.layers.1.mlp.up_proj"
+
+
+def fit(make_trainer, module, data, **options):
+    options = {"limit_val_batches": 0, "max_steps": 5} | options
+    make_trainer(**options).fit(module, data)
+
+
+def weights(module):
+    return {name: tensor.clone() for name, tensor in adapter_state_dict(module.model).items()}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_loss_that_is_not_finite_stops_the_run(make_trainer, make_module, make_data, packing):
+    reference = make_module()
+    fit(make_trainer, reference, make_data(packing=packing), max_steps=2)
+    module = make_module()
+    spoil(module, PLACE, {2})
+    with pytest.raises(RunError) as caught:
+        fit(make_trainer, module, make_data(packing=packing), callbacks=[NonFiniteGuard()])
+    message = str(caught.value)
+    assert message.startswith(
+        f"Step 3 was not taken: the loss is nan; the first such value is an output of {PLACE}. A"
+    )
+    assert module.trainer.global_step == 2
+    expected = weights(reference)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(module).items())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(make_trainer, make_module, make_data):
+    module = make_module()
+    spoil(module, PLACE, {1}, gradient=True)
+    with pytest.raises(RunError) as caught:
+        fit(make_trainer, module, make_data(), callbacks=[NonFiniteGuard()])
+    assert str(caught.value).startswith(
+        "Step 2 was not taken: a gradient is not finite; the first such value is in the gradient "
+        f"of {PLACE}.lora_b."
+    )
+
+
+def test_the_last_micro_batches_are_searched(make_trainer, make_module, make_data):
+    module = make_module()
+    spoil(module, PLACE, {4})  # the second of three micro-batches of step 2
+    options = {"accumulate_grad_batches": 3, "callbacks": [NonFiniteGuard()]}
+    with pytest.raises(RunError, match=rf"^Step 2 was not taken: .* an output of {PLACE}\."):
+        fit(make_trainer, module, make_data(), **options)
+
+
+def test_the_last_good_state_is_kept_as_last(make_trainer, make_module, make_data, tmp_path):
+    module = make_module()
+    spoil(module, PLACE, {3})
+    callbacks = [TrainableCheckpoint(every_n_steps=2), NonFiniteGuard()]
+    options = {"callbacks": callbacks, "enable_checkpointing": True}
+    with pytest.raises(RunError, match=f"The weights of step 3 are kept in {tmp_path}/checkpoints"):
+        fit(make_trainer, module, make_data(), **options)
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 3
+    kept = {name.removeprefix("model."): tensor for name, tensor in last["state_dict"].items()}
+    assert all(torch.equal(kept[name], tensor) for name, tensor in weights(module).items())
+    assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
+    fit(make_trainer, again := make_module(), make_data(), max_steps=4)
+    assert all(bool(tensor.isfinite().all()) for tensor in weights(again).values())
+
+
+def test_a_run_that_is_finite_is_left_alone(make_trainer, make_module, make_data):
+    plain, guarded = make_module(), make_module()
+    torch.manual_seed(0)
+    fit(make_trainer, plain, make_data(), accumulate_grad_batches=2)
+    torch.manual_seed(0)
+    guard = NonFiniteGuard()
+    fit(make_trainer, guarded, make_data(), accumulate_grad_batches=2, callbacks=[guard])
+    expected = weights(plain)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(guarded).items())
+    assert guard._batches == guard._losses == []
+
+
+def test_processes_stop_together(make_trainer, make_module, make_data, run_processes, tmp_path):
+    make_data().setup("fit")  # the cache is there before the fork
+
+    def rank(number):
+        module = make_module()
+        spoil(module, PLACE, {2} if number == 1 else set())
+        options = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
+        with pytest.raises(RunError, match=r"^Step 3 was not taken: "):
+            fit(make_trainer, module, make_data(), callbacks=[NonFiniteGuard()], **options)
+
+    assert run_processes(2, rank) == [0, 0]
+
+
+class Foreign(LightningModule):
+    """A module of somebody else, which logs as it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 7), nn.Linear(7, 2)
+
+    def training_step(self, batch):
+        hidden = self.first(batch)
+        if self.global_step == 2:
+            hidden = hidden / 0.0
+        loss = self.second(hidden).square().mean()
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def train_dataloader(self):
+        return DataLoader(RandomDataset(32, 20), batch_size=4)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_in_a_module_that_is_not_ours(make_trainer):
+    module = Foreign()
+    with pytest.raises(RunError) as caught:
+        make_trainer(max_epochs=1, callbacks=[NonFiniteGuard()]).fit(module)
+    assert str(caught.value).startswith(
+        "Step 3 was not taken: the loss is nan; the first such value"
+    )
+    assert "an output of second" in str(caught.value)
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
+    assert not module.second._forward_hooks
+    assert "log" not in vars(module)
+
+
+def test_the_command_says_it_in_one_sentence(
+    tmp_path, model_folder, orca_folder, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    code = main(
+        [
+            "fit",
+            f"--model.base_model={model_folder}",
+            "--model.adapter.rank=2",
+            "--model.dtype=float32",
+            "--model.optimizer.class_path=torch.optim.SGD",
+            "--model.optimizer.init_args.lr=1e38",
+            "--data.class_path=rslightning.data.OpenOrca",
+            f"--data.init_args.path={orca_folder}",
+            "--data.init_args.max_length=64",
+            "--trainer.max_steps=6",
+            "--trainer.accelerator=cpu",
+            "--trainer.limit_val_batches=0",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.logger=false",
+            "--trainer.default_root_dir=run",
+        ]
+    )
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 1
+    assert error.startswith("rslightning: Step 2 was not taken: the loss is nan; the first such ")
+    assert "The weights of step 1 are kept in " in error
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    assert not (tmp_path / "run" / "merged").exists()
