@@ -119,7 +119,8 @@ def test_answers_are_what_a_reader_of_the_question_finds(held_out):
     assert {family(row) for row in rows} == set(SOLVERS)
     for row in rows:
         answer = SOLVERS[family(row)](row["question"])
-        assert row["response"] == answer or row["response"].startswith(answer + " "), row
+        given = row["response"].removeprefix(" ")
+        assert given == answer or given.startswith(answer + " "), row
 
 
 def test_a_reason_is_given_exactly_when_the_teacher_is_asked():
@@ -202,11 +203,11 @@ def test_vocabulary_is_small():
 def test_the_first_rows_never_change():
     assert (
         sha256(instructions(100, 0))
-        == "e06dd55c65692ebbdefde2db27dd30b2b71635a9e8c3613a697cce111daa2bc3"
+        == "b92f8eaaa02a5c750eae4d7c017e5f084c911d88f3346e5a69b2f8ca9cdba731"
     )
     assert (
         sha256(instructions(100, 0, held_out=True))
-        == "69f10ae5f206e11228a23d0fc8d17940b7e5ebe00fb2ad2b0a7932abd061e9e3"
+        == "93c7a188f978f6d98c419e8c1abdff4abc3b4c1a0461df001cbad29a516d1932"
     )
     assert (
         sha256(stories(100, 0))
