@@ -28,9 +28,11 @@ from rslightning.callbacks import (
     GradientNormMonitor,
     MergeAdapters,
     NonFiniteGuard,
+    RankStabilityReport,
     RunSummary,
     ScoreAnswers,
     TensorBoardPanels,
+    TokenThroughputMonitor,
     TrainableCheckpoint,
 )
 from rslightning.callbacks.merge_adapters import run_folder
@@ -47,6 +49,8 @@ from rslightning.recipes import find_config
 GROUPS: Final[dict[str, tuple[Any, dict[str, Any] | None]]] = {
     "gradient_norm": (GradientNormMonitor | None, {}),
     "activation_moments": (ActivationMomentMonitor | None, {}),
+    "throughput": (TokenThroughputMonitor | None, {}),
+    "rank_stability": (RankStabilityReport | None, None),
     "non_finite_guard": (NonFiniteGuard | None, {}),
     "merge_adapters": (MergeAdapters | None, {}),
     "before_after": (BeforeAfter | None, None),

@@ -1,6 +1,6 @@
-"""What a model costs, counted from its `config.json`: standard library only."""
+"""What a model costs, counted from its `config.json` and its maps: standard library only."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,8 +73,7 @@ def estimate_memory(
     hidden = _first(text, "hidden_size", "n_embd", "d_model")
     layers = _first(text, "num_hidden_layers", "n_layer", "num_layers")
     inner = _first(text, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
-    heads = _first(text, "num_attention_heads", "n_head", default=1)
-    attention = heads * _first(text, "head_dim", default=hidden // heads)
+    attention = _layer_width(text)
     norms = 2 * hidden * (4 + activation_bytes)
     kept = norms + activation_bytes * (4 * attention + 4 * inner)
     activations = tokens * (layers * kept + activation_bytes * adapter_ranks)
@@ -87,6 +86,71 @@ def estimate_memory(
         activations=activations,
         logits=tokens * vocabulary * (activation_bytes + 4 + 4),
     )
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A matrix that is multiplied with every token; an adapter is two of them, A and B.
+
+    Attributes:
+        in_features: Length of its input.
+        out_features: Length of its output.
+        weight_gradient: Whether it is trained.
+        input_gradient: Whether something before it is trained.
+    """
+
+    in_features: int
+    out_features: int
+    weight_gradient: bool
+    input_gradient: bool
+
+
+def training_flops(
+    maps: Iterable[LinearMap], tokens: int, squared_lengths: int = 0, attention_width: int = 0
+) -> int:
+    r"""Count the floating-point operations of forward and backward pass on some tokens.
+
+    An addition and a multiplication are two operations. With T tokens in examples of n_1, n_2, ...,
+    maps [out, in] and L layers of H heads of width D that attend to their example,
+
+        flops = \sum_{maps} 2 T in out (1 + [weight gradient] + [input gradient])
+                + 12 L H D \sum_i n_i^2
+
+    so a frozen map inside of the model takes 4 T in out, a trained one 6 T in out, and an adapter
+    of rank r beside it 6 T r (in + out): `rslora/contraction.py` multiplies A x and B (A x), and
+    never B A. The scores Q K^T and what they weigh, V, take 2 n^2 D each per head, and twice that
+    backward. Both halves of causal attention count, as the PaLM paper does it (arXiv:2204.02311,
+    appendix B): models are compared by that number.
+
+    These are the model's operations, which a utilization (MFU) is made of: activation checkpointing
+    and flash attention compute some of them twice, which is no progress. Not counted: embeddings,
+    norms, rotations, activation functions, the softmax and the optimizer.
+
+    Args:
+        maps: What multiplies each token, the output head included.
+        tokens: Number of tokens.
+        squared_lengths: Sum over the examples of their squared lengths.
+        attention_width: See `attention_width`.
+    """
+    per_token = sum(
+        2 * each.in_features * each.out_features * (1 + each.weight_gradient + each.input_gradient)
+        for each in maps
+    )
+    return per_token * tokens + 12 * attention_width * squared_lengths
+
+
+def attention_width(config: Mapping[str, Any]) -> int:
+    """Return layers times heads times the width of a head, from `config.json`."""
+    text = config.get("text_config", config)
+    layers = _first(text, "num_hidden_layers", "n_layer", "num_layers")
+    return layers * _layer_width(text)
+
+
+def _layer_width(text: Mapping[str, Any]) -> int:
+    """Return heads times the width of a head."""
+    heads = _first(text, "num_attention_heads", "n_head", default=1)
+    hidden = _first(text, "hidden_size", "n_embd", "d_model")
+    return heads * _first(text, "head_dim", default=hidden // heads)
 
 
 def _first(config: Mapping[str, Any], *names: str, default: int = 0) -> int:

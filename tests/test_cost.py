@@ -1,9 +1,18 @@
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rslightning import hf
-from rslightning.cost import GIB, MemoryEstimate, estimate_memory
+from rslightning.callbacks.throughput import linear_maps
+from rslightning.cost import (
+    GIB,
+    LinearMap,
+    MemoryEstimate,
+    attention_width,
+    estimate_memory,
+    training_flops,
+)
 from rslightning.rslora import AdapterSpec, inject_adapters
 
 SHAPES = {
@@ -129,3 +138,88 @@ def test_an_estimate_reads_as_one_line():
     assert str(estimate) == (
         "1.75 GiB (base 1.00, trainable with gradients and AdamW 0.50, logits 0.25)"
     )
+
+
+ROWS, LENGTH, RANK = 3, 11, 5
+TOKENS = ROWS * LENGTH
+HIDDEN, KEYS, INNER = 24, 12, 40  # of `make_llama`
+EAGER = {"attn_implementation": "eager"}  # torch's counter does not know the CPU's fused kernels
+
+
+def counted(model) -> int:
+    """Return the operations that torch sees in a forward and a backward pass."""
+    ids = torch.randint(2, 53, (ROWS, LENGTH))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return counter.get_total_flops()
+
+
+def expected(model) -> int:
+    width = attention_width(model.config.to_dict())
+    return training_flops(linear_maps(model), TOKENS, ROWS * LENGTH**2, width)
+
+
+def input_gradient(features: int) -> int:
+    """Return the operations of the gradient into the input of a map with an adapter."""
+    return 2 * TOKENS * HIDDEN * (features + RANK)
+
+
+KEYS_AND_VALUES = 2 * input_gradient(KEYS)
+ATTENTION_BACKWARD = 8 * HIDDEN * ROWS * LENGTH**2  # of one layer
+
+# What is trained -> what is counted though torch leaves it out: the first trained layer's input
+# needs no gradient, nor do the scores of a layer before anything that is trained.
+SURPLUS = {
+    "all_linear": KEYS_AND_VALUES,
+    "mlp": input_gradient(INNER) + ATTENTION_BACKWARD,
+    r"model\.layers\.1\..*_proj": KEYS_AND_VALUES + ATTENTION_BACKWARD,
+}
+
+
+@pytest.mark.parametrize("targets", SURPLUS)
+def test_operations_of_adapters_are_those_that_torch_counts(make_llama, targets):
+    model = make_llama(53, **EAGER)
+    inject_adapters(model, AdapterSpec(rank=RANK, targets=targets))
+    assert expected(model) == counted(model) + SURPLUS[targets]
+
+
+def test_operations_of_pefts_adapters(make_llama):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(make_llama(53, **EAGER), config)
+    assert expected(model) == counted(model) + KEYS_AND_VALUES
+
+
+def test_operations_of_gpt2_whose_queries_keys_and_values_are_one_map(make_gpt2):
+    model = make_gpt2(**EAGER)
+    inject_adapters(model, AdapterSpec(rank=RANK))
+    assert expected(model) == counted(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_operations_of_full_fine_tuning(make_llama, make_gpt2, tied):
+    for model in (make_llama(53, tie_word_embeddings=tied, **EAGER), make_gpt2(**EAGER)):
+        assert expected(model) == counted(model)
+
+
+def test_recomputation_is_no_operation_of_the_model(make_llama):
+    model = make_llama(53, **EAGER)
+    inject_adapters(model, AdapterSpec(rank=RANK))
+    once = counted(model)
+    hf._enable_checkpointing(model.train())
+    assert counted(model) > 1.2 * once
+    assert expected(model) == once + KEYS_AND_VALUES
+
+
+def test_operations_add_up_by_tokens_and_by_examples():
+    frozen, trained = LinearMap(3, 5, False, True), LinearMap(2, 7, True, True)
+    assert training_flops([frozen], tokens=11) == 4 * 11 * 15
+    assert training_flops([frozen, trained], tokens=11) == 4 * 11 * 15 + 6 * 11 * 14
+    assert training_flops([], 0, squared_lengths=16 + 9, attention_width=10) == 12 * 250
+
+
+def test_the_attention_of_other_architectures():
+    assert attention_width({"n_embd": 48, "n_layer": 5, "n_head": 6}) == 5 * 48
+    wide = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 48}
+    assert attention_width({"text_config": wide}) == 2 * 4 * 48
+    assert attention_width({}) == 0

@@ -31,7 +31,7 @@ class PeftModule(LightningModule):
 
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         config = LoraConfig(r=4, target_modules="all-linear", use_rslora=True)
-        self.model = get_peft_model(base, config)
+        self.model = get_peft_model(base, config).train()
 
     def training_step(self, batch, batch_idx):
         return self.model(**batch, use_cache=False).loss

@@ -10,9 +10,11 @@ from rslightning.callbacks.checkpoint import TrainableCheckpoint
 from rslightning.callbacks.gradient_norm import GradientNormMonitor
 from rslightning.callbacks.merge_adapters import MergeAdapters
 from rslightning.callbacks.non_finite_guard import NonFiniteGuard
+from rslightning.callbacks.rank_stability import RankStabilityReport
 from rslightning.callbacks.run_summary import RunSummary
 from rslightning.callbacks.score_answers import ScoreAnswers
 from rslightning.callbacks.tensorboard_panels import TensorBoardPanels
+from rslightning.callbacks.throughput import TokenThroughputMonitor
 
 __all__ = [
     "ActivationMomentMonitor",
@@ -20,8 +22,10 @@ __all__ = [
     "GradientNormMonitor",
     "MergeAdapters",
     "NonFiniteGuard",
+    "RankStabilityReport",
     "RunSummary",
     "ScoreAnswers",
     "TensorBoardPanels",
+    "TokenThroughputMonitor",
     "TrainableCheckpoint",
 ]

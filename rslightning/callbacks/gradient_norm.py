@@ -67,12 +67,14 @@ class GradientNormMonitor(Callback):
             raise UserError(f"gradient_norm.every_n_steps is {every_n_steps}; it must be positive.")
         self.every_n_steps, self.per_layer = every_n_steps, per_layer
         self._manual_steps: Counter[int] = Counter()  # of each optimizer
+        self._found: dict[int, tuple[Any, list[GradientSource]]] = {}  # of each optimizer
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a strategy whose gradients cannot be read exactly."""
         if stage != "fit":
             return
         self._manual_steps.clear()
+        self._found.clear()
         if reason := _unreadable(trainer.strategy):
             raise UserError(
                 f"GradientNormMonitor cannot read exact gradients under "
@@ -97,8 +99,7 @@ class GradientNormMonitor(Callback):
         if not _optimizer_steps_now(trainer.strategy) or not self._is_due(trainer, optimizer):
             return
         several = len(trainer.optimizers) > 1
-        own = [p for group in optimizer.param_groups for p in group["params"]] if several else None
-        sources = gradient_sources(pl_module, own)
+        sources = self._sources(pl_module, _index(trainer, optimizer), optimizer, several)
         if not sources:
             return
         squares = _read(trainer, optimizer, sources).tolist()
@@ -114,6 +115,17 @@ class GradientNormMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting where the checkpoint was."""
         self._manual_steps = Counter(state_dict["manual_steps"])
+
+    def _sources(
+        self, module: LightningModule, index: int, optimizer: Optimizer, several: bool
+    ) -> list[GradientSource]:
+        """Return what to read; it is looked for again once the optimizer has other parameters."""
+        own = [p for group in optimizer.param_groups for p in group["params"]]
+        state = [(id(p), p.requires_grad) for p in own]
+        if self._found.get(index, (None,))[0] != state:
+            sources = gradient_sources(module, own if several else None)
+            self._found[index] = state, sources
+        return self._found[index][1]
 
     def _is_due(self, trainer: Trainer, optimizer: Optimizer) -> bool:
         if trainer.lightning_module.automatic_optimization:

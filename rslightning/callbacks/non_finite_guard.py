@@ -24,8 +24,8 @@ class NonFiniteGuard(Callback):
     The optimizer does not take that step on any process: the weights are those of the step before,
     and a checkpoint callback that saves on exceptions (as `TrainableCheckpoint` does) keeps them as
     `last`. The message names the step and the module whose output is the first that is not finite,
-    which a second forward pass over the step's batches finds; where all outputs are finite, it
-    names the parameter whose gradient is not.
+    which a second forward pass over the step's batches finds; where all outputs are finite, or
+    optimization is manual, it names the parameter whose gradient is the first that is not.
 
     Works with any LightningModule. The host waits for the device once per optimizer step. Under
     float16's scaler, which skips steps on purpose, and under DeepSpeed, which keeps the gradients
@@ -121,7 +121,12 @@ def _explain(
 def _first_output(
     trainer: Trainer, module: LightningModule, batches: Sequence[tuple[Any, int]]
 ) -> str | None:
-    """Run the batches again; return the first module whose output is not finite."""
+    """Run the batches again; return the first module whose output is not finite.
+
+    A step that is taken by hand in `training_step` is not repeated.
+    """
+    if not module.automatic_optimization:
+        return None
     found: list[str] = []
     with _listening(module, found.append), trainer.precision_plugin.train_step_context():
         for arguments in batches:

@@ -1,27 +1,41 @@
 """Arrange TensorBoard: the paper's panels first, and the settings by which runs are compared."""
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 from typing_extensions import final
 
 from rslightning.callbacks.activation_moments import ActivationMomentMonitor
 from rslightning.callbacks.gradient_norm import GradientNormMonitor
+from rslightning.callbacks.throughput import TokenThroughputMonitor
 from rslightning.rslora import scaling_factor
 from rslightning.rslora.linear import adapter_layers
-
-MOMENTS: Final = ("activation", "adapter_output", "input_grad")
 
 LOSS: Final = {"loss": ("train/loss", "val/loss"), "perplexity": ("train/perplexity",)}
 GRADIENTS: Final = {
     "average parameter gradient norm": ("grad_norm/mean",),
-    "total, A, B": ("grad_norm/total", "grad_norm/a", "grad_norm/b"),
+    "total": ("grad_norm/total",),
+    "over A's": ("grad_norm/a",),
+    "over B's": ("grad_norm/b",),
 }
-ACTIVATIONS: Final = {
-    f"{order} moments": tuple(f"{name}/{order}_moment" for name in MOMENTS)
+MOMENTS: Final = {
+    f"{title}, {order} moment": (f"{group}/{order}_moment",)
+    for group, title in (
+        ("activation", "post-adapter output"),
+        ("adapter_output", "adapter's output"),
+        ("input_grad", "gradient into the adapter's input"),
+    )
     for order in ("first", "second")
+}
+THROUGHPUT: Final = {
+    "tokens per second": ("perf/tokens_per_second", "perf/target_tokens_per_second"),
+    "memory, GiB": ("perf/memory_gib",),
+    "share of time waiting for data": ("perf/data_wait_share",),
 }
 COMPARED: Final = ("val/loss", "train/loss", "grad_norm/mean")
 """Metrics beside which TensorBoard lists the settings of each run."""
@@ -31,10 +45,11 @@ COMPARED: Final = ("val/loss", "train/loss", "grad_norm/mean")
 class TensorBoardPanels(Callback):
     """Write a layout for the Custom Scalars tab, and the run's settings for the HParams tab.
 
-    The layout opens with loss and perplexity, then gradient norms and activation moments where
-    their monitors run. The settings are those of the paper's sweeps: base model, rank, alpha,
-    scaling, gamma_r, trainable parameters, optimizer and learning rate; runs of one sweep can be
-    filtered, sorted and drawn by them, beside `val/loss`, `train/loss` and `grad_norm/mean`.
+    The layout opens with loss and perplexity, then gradient norms, activation moments and
+    throughput where their monitors run. The settings are those of the paper's sweeps: rank,
+    scaling, alpha, gamma_r, learning rate, optimizer, base model and number of trainable
+    parameters; runs of one sweep can be filtered, sorted and drawn by them, beside `val/loss`,
+    `train/loss` and `grad_norm/mean`.
 
     Without a TensorBoard logger nothing happens. Works with any LightningModule; settings that it
     does not have are left out.
@@ -52,27 +67,40 @@ class TensorBoardPanels(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars(panels)
-                for summary in hparams(settings, dict.fromkeys(COMPARED, 0.0)):
+                for summary in _hparams_summaries(settings):
                     logger.experiment.file_writer.add_summary(summary)
 
 
 def run_settings(trainer: Trainer, module: LightningModule) -> dict[str, str | float]:
     """Return what distinguishes this run from others of a sweep."""
     settings: dict[str, str | float] = {}
-    if hasattr(module, "base_model"):
-        settings["base_model"] = str(module.base_model)
     layers = [layer for _, layer in adapter_layers(module)]
     if layers:
         adapter: Any = getattr(module, "adapter", None) or layers[0].adapter
-        settings |= {"rank": adapter.rank, "alpha": adapter.alpha, "scaling": adapter.scaling}
+        settings |= {"rank": adapter.rank, "scaling": adapter.scaling, "alpha": adapter.alpha}
         settings["gamma_r"] = scaling_factor(adapter.rank, adapter.alpha, adapter.scaling)
     if trainer.optimizers:
         optimizer: Any = trainer.optimizers[0]
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        settings["optimizer"] = type(optimizer).__name__
         settings["learning_rate"] = float(optimizer.param_groups[0]["lr"])
+        settings["optimizer"] = type(optimizer).__name__
+    if hasattr(module, "base_model"):
+        settings["base_model"] = str(module.base_model)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return settings | {"trainable_parameters": trained}
+
+
+def _hparams_summaries(settings: dict[str, str | float]) -> Iterator[Summary]:
+    """Yield the summaries of the HParams tab; torch sorts by name, and only the first few show."""
+    experiment, *session = hparams(settings, dict.fromkeys(COMPARED, 0.0))
+    data = experiment.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(data.content)
+    order = list(settings)
+    infos = sorted(content.experiment.hparam_infos, key=lambda info: order.index(info.name))
+    del content.experiment.hparam_infos[:]
+    content.experiment.hparam_infos.extend(infos)
+    data.content = content.SerializeToString()
+    yield from (experiment, *session)
 
 
 def _layout(trainer: Trainer) -> dict[str, dict[str, list[Any]]]:
@@ -82,7 +110,9 @@ def _layout(trainer: Trainer) -> dict[str, dict[str, list[Any]]]:
     if GradientNormMonitor in kinds:
         categories["gradient norms"] = GRADIENTS
     if ActivationMomentMonitor in kinds:
-        categories["moments"] = ACTIVATIONS
+        categories["moments"] = MOMENTS
+    if TokenThroughputMonitor in kinds:
+        categories["throughput"] = THROUGHPUT
     return {
         category: {
             title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in charts.items()

@@ -37,7 +37,8 @@ class GradientSource:
     """A trainable parameter and where it belongs.
 
     Attributes:
-        layer: Path of the adapted layer, or of the module that owns the parameter.
+        layer: Path of the adapted layer, or of the module that owns the parameter; the wrapper of
+            `torch.compile` does not show in it.
         kind: Which matrix of an adapter it is.
         parameter: The parameter, whole or a shard of it.
     """
@@ -123,11 +124,17 @@ def summarize(
 
 
 def _adapter_sources(model: nn.Module) -> Iterator[GradientSource]:
-    for path, module in model.named_modules():
+    for path, module in _named_layers(model):
         parts = list(_adapter_parts(module))
         if {"a", "b"} <= {kind for kind, _ in parts}:
             for kind, parameter in parts:
                 yield GradientSource(path, kind, parameter)
+
+
+def _named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of `model` under their names before `torch.compile` wrapped any."""
+    for path, module in model.named_modules():
+        yield f"{path}.".replace("_orig_mod.", "").rstrip("."), module
 
 
 def _adapter_parts(module: nn.Module) -> Iterator[tuple[Kind, nn.Parameter]]:
@@ -142,7 +149,7 @@ def _adapter_parts(module: nn.Module) -> Iterator[tuple[Kind, nn.Parameter]]:
 
 
 def _parameter_sources(model: nn.Module) -> Iterator[GradientSource]:
-    for path, module in model.named_modules():
+    for path, module in _named_layers(model):
         for parameter in module.parameters(recurse=False):
             yield GradientSource(path, "other", parameter)
 

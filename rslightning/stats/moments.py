@@ -85,9 +85,30 @@ def measure(values: Tensor, mask: Tensor | None = None) -> Moments:
     totals = values.sum(-1, dtype=wide)
     squares = torch.linalg.vector_norm(values, dim=-1, dtype=wide).square()
     kept = _fit(mask, totals)
-    count = kept.sum() * values.shape[-1]
-    sums = (torch.where(kept, totals, 0).sum(), torch.where(kept, squares, 0).sum(), count)
-    return Moments(*(value.float() for value in sums))
+    sums = torch.where(kept, torch.stack([totals, squares]), 0).reshape(2, -1).sum(1).float()
+    return Moments(sums[0], sums[1], (kept.sum() * values.shape[-1]).float())
+
+
+def measure_product(down: Tensor, up: Tensor, mask: Tensor | None = None) -> Moments:
+    r"""Return the moments of the entries of `down @ up`, as `measure` would.
+
+    Where the rank is small the product is not made: with rows d_t of `down` and U = `up`,
+    sum_t |d_t U|^2 = <sum_t d_t d_t^T, U U^T>, two matrices [rank, rank].
+
+    Shape:
+        down [..., rank], up [rank, features], mask as for `measure`.
+    """
+    rank, features = up.shape
+    if 2 * rank > features:
+        return measure(down @ up.to(down.dtype), mask)
+    wide = torch.promote_types(down.dtype, torch.float32)
+    kept = _fit(mask, down[..., 0])
+    with torch.autocast(down.device.type, enabled=False):
+        down = torch.where(kept[..., None], down, 0).reshape(-1, rank).to(wide)
+        up = up.to(wide)
+        total = down.sum(0) @ up.sum(1)
+        squares = ((down.T @ down) * (up @ up.T)).sum()
+    return Moments(total.float(), squares.float(), (kept.sum() * features).float())
 
 
 def combine(one: Moments, other: Moments) -> Moments:
@@ -107,26 +128,28 @@ def mean_over_layers(moments: Moments) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def adapter_output(x: Tensor, adapters: list[LowRank]) -> Tensor:
-    """Return `gamma_r B A x`, in the dtype of `x` (or in autocast's), without dropout.
+def output_factors(x: Tensor, adapters: list[LowRank]) -> tuple[Tensor, Tensor]:
+    """Return two matrices whose product is `gamma_r B A x`, without dropout.
+
+    They are in the dtype of `x` (or in autocast's) and in that of the adapters.
 
     Shape:
-        x [..., in] -> [..., out].
+        x [..., in] -> [..., ranks], [ranks, out].
     """
-    parts = [
-        F.linear(F.linear(x, a.to(x.dtype)) * gamma, b.to(x.dtype)) for a, b, gamma in adapters
-    ]
-    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    down = [F.linear(x, a.to(x.dtype)) * gamma for a, _, gamma in adapters]
+    return _cat(down, dim=-1), _cat([b.T for _, b, _ in adapters], dim=0)
 
 
-def adapter_input_gradient(v: Tensor, adapters: list[LowRank]) -> Tensor:
-    """Return `gamma_r A^T B^T v`, in the dtype of `v`, without dropout.
+def input_gradient_factors(v: Tensor, adapters: list[LowRank]) -> tuple[Tensor, Tensor]:
+    """Return two matrices whose product is `gamma_r A^T B^T v`, without dropout.
+
+    They are in the dtype of `v` and in that of the adapters.
 
     Shape:
-        v [..., out] -> [..., in].
+        v [..., out] -> [..., ranks], [ranks, in].
     """
-    parts = [(v @ b.to(v.dtype) * gamma) @ a.to(v.dtype) for a, b, gamma in adapters]
-    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    down = [v @ b.to(v.dtype) * gamma for _, b, gamma in adapters]
+    return _cat(down, dim=-1), _cat([a for a, _, _ in adapters], dim=0)
 
 
 class MomentRecorder:
@@ -147,8 +170,7 @@ class MomentRecorder:
         self.layers = layers
         self.sums = torch.zeros(len(QUANTITIES), len(layers), 3, device=device)
         self._mask: Tensor | None = None
-        self._loss_scale: Tensor | None = None
-        self._loss_gradient: Tensor | None = None
+        self._inverse_scale: Tensor | None = None  # of this micro-batch's gradients
 
     def attach(self, mask: Tensor | None, loss_scale: Tensor | None = None) -> ExitStack:
         """Attach hooks for one micro-batch; closing what is returned removes them.
@@ -157,7 +179,8 @@ class MomentRecorder:
             mask: [B, T], nonzero at real tokens; see `measure`.
             loss_scale: Factor of the loss that its gradient is divided by again.
         """
-        self._mask, self._loss_scale, self._loss_gradient = mask, loss_scale, None
+        self._mask = None if mask is None else mask != 0
+        self._inverse_scale = None if loss_scale is None else 1 / loss_scale.float()
         handles = ExitStack()
         for index, layer in enumerate(self.layers.values()):
             # First of the layer's hooks: FSDP2's may take the gathered weights away.
@@ -171,9 +194,11 @@ class MomentRecorder:
 
         It is 1 unless the engine that calls `backward` scales the loss, as DeepSpeed does.
         """
+        inverse_scale = self._inverse_scale
 
         def divide_by(gradient: Tensor) -> None:
-            self._loss_gradient = gradient
+            inverse = 1 / gradient.float()
+            self._inverse_scale = inverse if inverse_scale is None else inverse_scale * inverse
 
         loss.register_hook(divide_by)  # type: ignore[no-untyped-call]
 
@@ -199,21 +224,23 @@ class MomentRecorder:
         if torch._C._current_graph_task_id() == -1:
             x = args[0] if args else next(iter(kwargs.values()))
             self._add(0, index, measure(y, self._mask))
-            self._add(1, index, measure(adapter_output(x, adapters), self._mask))
+            self._add(1, index, measure_product(*output_factors(x, adapters), self._mask))
 
     @torch.no_grad()
     def _see_gradient(
         self, index: int, layer: AdaptedLayer, mask: Tensor | None, v: Tensor
     ) -> None:
-        moments = measure(adapter_input_gradient(v, layer.adapters()), mask)
-        for scale in (self._loss_scale, self._loss_gradient):
-            moments = moments if scale is None else moments.times(1 / scale.float())
+        moments = measure_product(*input_gradient_factors(v, layer.adapters()), mask)
+        if self._inverse_scale is not None:
+            moments = moments.times(self._inverse_scale)
         self._add(2, index, moments)
 
     def _add(self, quantity: int, layer: int, moments: Moments) -> None:
-        sums = self.sums[quantity, layer]
-        moments = Moments(*(value.to(sums.device) for value in moments))
-        sums.copy_(torch.stack(combine(Moments(*sums), moments)))
+        self.sums[quantity, layer] += torch.stack(moments).to(self.sums.device)
+
+
+def _cat(matrices: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(matrices, dim) if len(matrices) > 1 else matrices[0]
 
 
 def _fit(mask: Tensor | None, positions: Tensor) -> Tensor:
@@ -222,4 +249,5 @@ def _fit(mask: Tensor | None, positions: Tensor) -> Tensor:
         mask = mask.flatten()
     if mask is None or mask.shape != positions.shape:
         return torch.ones_like(positions, dtype=torch.bool)
-    return mask.to(positions.device) != 0
+    mask = mask.to(positions.device)
+    return mask if mask.dtype == torch.bool else mask != 0

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.demos import LightningTransformer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
@@ -358,6 +358,32 @@ def test_a_module_around_a_peft_model(make_trainer, tmp_path, tiny_llama):
     path = "model.base_model.model.model.layers.1.self_attn.q_proj"
     assert found[path] == pytest.approx(norms[:, 4:6].norm(dim=1).tolist(), rel=1e-5)
     assert len(found) == 4 + 4
+
+
+class FreezeSecond(Callback):
+    """Freezes a layer after the first step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1:
+            pl_module.net["second"].requires_grad_(False)
+
+
+def test_what_is_trained_may_change(make_trainer, tmp_path):
+    module, monitor = AdaptedModule(), GradientNormMonitor(every_n_steps=1, per_layer=True)
+    logger = TensorBoardLogger(str(tmp_path), name="", version="")
+    make_trainer(max_steps=3, callbacks=[FreezeSecond(), monitor], logger=logger).fit(module)
+    found = read_scalars(tmp_path)
+    assert [step for step, _ in found["net.first"]] == [0, 1, 2]
+    assert [step for step, _ in found["net.second"]] == [0]
+    assert found["total"][1:] == found["net.first"][1:]
+
+
+def test_a_compiled_part_keeps_its_name(make_trainer, tmp_path):
+    module = AdaptedModule()
+    module.net["first"] = torch.compile(module.net["first"], backend="eager")
+    assert any("_orig_mod" in name for name, _ in module.named_parameters())
+    fit(make_trainer, tmp_path, Case(), module)
+    assert_exact(tmp_path, Case())
 
 
 def test_lightnings_demo_transformer(make_trainer, tmp_path):

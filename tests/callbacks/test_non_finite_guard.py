@@ -162,6 +162,39 @@ def test_in_a_module_that_is_not_ours(make_trainer):
     assert "log" not in vars(module)
 
 
+class TwoOptimizers(Foreign):
+    """Steps two optimizers by hand in every batch."""
+
+    def __init__(self, bad_step) -> None:
+        super().__init__()
+        self.automatic_optimization, self.bad_step = False, bad_step
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            loss = self.second(self.first(batch)).square().mean()
+            if self.global_step == self.bad_step:
+                loss = loss * float("nan")
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.first, self.second)]
+
+
+def test_several_optimizers_that_step_by_hand(make_trainer):
+    options = {"max_epochs": 1, "callbacks": [NonFiniteGuard()]}
+    make_trainer(**options).fit(module := TwoOptimizers(bad_step=None))
+    assert module.trainer.global_step == 10
+    module = TwoOptimizers(bad_step=3)
+    with pytest.raises(RunError) as caught:
+        make_trainer(**options).fit(module)
+    assert str(caught.value).startswith(
+        "Step 4 was not taken: the loss is nan; the first such value is in the gradient of second"
+    )
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
+
+
 def test_the_command_says_it_in_one_sentence(
     tmp_path, model_folder, orca_folder, monkeypatch, capsys
 ):

@@ -8,10 +8,11 @@ from rslightning.callbacks import (
     ActivationMomentMonitor,
     GradientNormMonitor,
     TensorBoardPanels,
+    TokenThroughputMonitor,
 )
 from rslightning.rslora import AdapterSpec
 
-MONITORS = (GradientNormMonitor(every_n_steps=1), ActivationMomentMonitor(every_n_steps=1))
+MONITORS = (GradientNormMonitor, ActivationMomentMonitor, TokenThroughputMonitor)
 
 
 @pytest.fixture
@@ -48,11 +49,11 @@ def settings(events):
 
 
 def test_every_panel_has_curves(events):
-    found = events(*MONITORS)
+    found = events(*(monitor(every_n_steps=1) for monitor in MONITORS))
     panels = layout(found)
-    assert list(panels) == ["loss and perplexity", "gradient norms", "moments"]
+    assert list(panels) == ["loss and perplexity", "gradient norms", "moments", "throughput"]
     patterns = [tag for charts in panels.values() for tags in charts.values() for tag in tags]
-    assert len(patterns) == 3 + 4 + 6
+    assert len(patterns) == 3 + 4 + 6 + 4
     written = found.Tags()["scalars"]
     assert {pattern.strip("^$") for pattern in patterns} <= set(written)
 
@@ -74,6 +75,12 @@ def test_runs_can_be_compared_by_their_settings(events, model_folder):
         "optimizer": "AdamW",
         "learning_rate": pytest.approx(0.01),
     }
+
+
+def test_the_rank_is_the_first_setting(events):
+    content = events().summary_metadata["_hparams_/experiment"].plugin_data.content
+    names = [info.name for info in HParamsPluginData.FromString(content).experiment.hparam_infos]
+    assert names[:3] == ["rank", "scaling", "alpha"]
 
 
 def test_full_fine_tuning_has_no_rank(events):

@@ -13,11 +13,12 @@ from rslightning.stats.moments import (
     LowRank,
     MomentRecorder,
     Moments,
-    adapter_input_gradient,
-    adapter_output,
     combine,
+    input_gradient_factors,
     mean_over_layers,
     measure,
+    measure_product,
+    output_factors,
 )
 
 
@@ -95,6 +96,29 @@ def test_layers_that_saw_nothing_leave_the_mean_alone():
     assert mean_over_layers(moments)[0].isnan()
 
 
+@pytest.mark.parametrize("rank", [1, 3, 4, 20])  # from 4 on the product of 7 features is made
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_product_is_measured_as_if_it_were_made(rank, autocast):
+    down, mask = padded([7, 1, 0, 11], 11, rank)
+    up = torch.randn(rank, 7, generator=torch.Generator().manual_seed(2))
+    product = (down.double() @ up.double())[mask]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = measure_product(down, up, mask), measure_product(down.flatten(0, 1), up, mask)
+    for moments in found:
+        assert_moments(moments, product, rtol=1e-2 if autocast and rank > 3 else 1e-5)
+
+
+def test_sums_of_a_product_are_float32_whatever_its_factors_are():
+    down, up = torch.full((3, 700, 1), 1.0).bfloat16(), torch.ones(1, 11)
+    assert measure_product(down, up).total == 23100
+    assert measure_product(down, up).second() == 1
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does under bf16-true
+    try:
+        assert measure_product(down, up).entries == measure(down @ up.bfloat16()).entries == 23100
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def random_adapters(count):
     generator = torch.Generator().manual_seed(1)
     return [
@@ -116,9 +140,10 @@ def test_both_halves_of_the_definition(count):
     v = torch.randn(3, 11, 7, dtype=torch.float64)
     (gradient,) = torch.autograd.grad(z, x, v)
     with torch.no_grad():
-        found = adapter_output(x.float(), adapters), adapter_input_gradient(v.float(), adapters)
-    torch.testing.assert_close(found[0].double(), z.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found[1].double(), gradient, rtol=1e-5, atol=1e-5)
+        down, up = output_factors(x.float(), adapters)
+        back_down, back_up = input_gradient_factors(v.float(), adapters)
+    torch.testing.assert_close((down @ up).double(), z.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close((back_down @ back_up).double(), gradient, rtol=1e-5, atol=1e-5)
 
 
 def adapted_linear():
