@@ -1,6 +1,5 @@
 """The base of all DataModules: rows -> turns -> ids and labels -> packed blocks -> `Batch`."""
 
-import hashlib
 import inspect
 import json
 from abc import ABC, abstractmethod
@@ -9,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
-import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -22,7 +19,9 @@ from rslightning.data.cache import cache_key, cached_folder
 from rslightning.data.collate import collate_blocks, pad_prompts
 from rslightning.data.encode import Counts, Turns, encode_prompts
 from rslightning.data.loader import OrderedLoader
+from rslightning.data.parts import Partition
 from rslightning.data.rows import Rows, TextUnit, check_columns, find_rows
+from rslightning.data.steps import OptimizerSteps
 from rslightning.data.stream import ChunkReader, Position, StreamLoader
 from rslightning.data.tokenizer import load_tokenizer, tokenizer_identity
 from rslightning.errors import UserError
@@ -190,58 +189,54 @@ class TextDataModule(LightningDataModule, ABC):
         shuffle: bool = False,
         step_value: Any = None,
     ) -> OrderedLoader[Batch]:
-        trainer = self.trainer
+        trainer, steps = self.trainer, OptimizerSteps(self.trainer)
         return OrderedLoader(
             dataset,
             self.batch_size,
             collate or partial(collate_blocks, pad_id=self.pad_id),
             shuffle=shuffle,
             seed=self.seed,
-            rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
+            rank=steps.rank,
+            world_size=steps.processes,
             num_workers=self.num_workers,
             step_value=step_value,
             pin_memory=bool(trainer and trainer.strategy.root_device.type == "cuda"),
         )
 
     def _step_targets(self, order: list[list[list[int | None]]]) -> list[float]:
-        """Return for each batch the targets of its optimizer step, per micro-batch and process."""
+        """Return `Batch.step_targets` for each batch of a pass."""
         assert self.train is not None
         targets = self.train.targets
-        counts = [
-            sum(int(targets[i]) for rows in batch for i in rows if i is not None) for batch in order
-        ]
-        values: list[float] = []
-        while (first := len(values)) < len(order):
-            size = self._window(first)
-            total = max(1, sum(counts[first : first + size]))
-            values += [total / self._shares] * size
-        return values[: len(order)]
+        return OptimizerSteps(self.trainer).share_targets(
+            [
+                sum(int(targets[i]) for rows in batch for i in rows if i is not None)
+                for batch in order
+            ]
+        )
 
-    def _window(self, first: int) -> int:
-        """Return how many batches the optimizer step has that begins with batch `first`.
+    def _stream_loader(self) -> StreamLoader[Batch]:
+        trainer, steps = self.trainer, OptimizerSteps(self.trainer)
+        if trainer is not None and trainer.max_steps < 0:
+            raise UserError("data.streaming needs trainer.max_steps: a stream has no end.")
+        self.counts["training"] = Counts()
 
-        The last one of a pass, or of what `limit_train_batches` leaves of it, may have fewer.
-        """
-        if self.trainer is None:
-            return 1
-        left = self.trainer.num_training_batches - first
-        return int(max(1, min(self.trainer.accumulate_grad_batches, left)))
+        def collate(blocks: Sequence[Block], targets: Tensor) -> Batch:
+            return collate_blocks(blocks, targets / steps.shares, pad_id=self.pad_id)
 
-    @property
-    def _shares(self) -> int:
-        """Return by what Lightning divides a loss: micro-batches (in short steps, too), processes.
-
-        The step's targets divided by this make of nats / targets the mean over the step.
-        """
-        return self._processes * (self.trainer.accumulate_grad_batches if self.trainer else 1)
-
-    @property
-    def _processes(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
+        return StreamLoader(
+            self._chunk_reader(),
+            self.batch_size,
+            collate,
+            num_workers=self.num_workers,
+            length=trainer.max_steps * trainer.accumulate_grad_batches if trainer else None,
+            window=steps.window,
+            gather=steps.gather,
+            on_chunk=self.counts["training"].add,
+        )
 
     def _chunk_reader(self) -> ChunkReader:
         train, held_out = self._find("train"), self._find("held_out")
+        steps = OptimizerSteps(self.trainer)
         assert train is not None
         return ChunkReader(
             train,
@@ -249,36 +244,9 @@ class TextDataModule(LightningDataModule, ABC):
             self.shuffle_buffer,
             skip_rows=0 if held_out else self.held_out_examples or 0,
             seed=self.seed,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self._processes,
+            rank=steps.rank,
+            world_size=steps.processes,
         )
-
-    def _stream_loader(self) -> StreamLoader[Batch]:
-        trainer = self.trainer
-        if trainer is not None and trainer.max_steps < 0:
-            raise UserError("data.streaming needs trainer.max_steps: a stream has no end.")
-        self.counts["training"] = Counts()
-        return StreamLoader(
-            self._chunk_reader(),
-            self.batch_size,
-            lambda blocks, targets: collate_blocks(
-                blocks, targets / self._shares, pad_id=self.pad_id
-            ),
-            num_workers=self.num_workers,
-            length=trainer.max_steps * trainer.accumulate_grad_batches if trainer else None,
-            window=self._window,
-            gather=self._gather,
-            on_chunk=self.counts["training"].add,
-        )
-
-    def _gather(self, values: Tensor) -> Tensor:
-        """Return the values [n] of all processes as [processes, n], on the processes' device."""
-        if self.trainer is None or self._processes == 1:
-            return values[None]
-        mine = values.to(self.trainer.strategy.root_device)
-        table = [torch.empty_like(mine) for _ in range(self._processes)]
-        torch.distributed.all_gather(table, mine)
-        return torch.stack(table)
 
     def teardown(self, stage: str) -> None:
         """Say what became of the rows of a stream."""
@@ -301,6 +269,10 @@ class TextDataModule(LightningDataModule, ABC):
         if train_too:
             self.train, _ = self._part("training", train, own is not None)
 
+    @property
+    def _partition(self) -> Partition:
+        return Partition(self.num_examples, self.held_out_examples, self.seed, self.streaming)
+
     def _find(self, split: str) -> Rows | None:
         return find_rows(self.path, split, self.subset, self.streaming, self.text_unit)
 
@@ -312,7 +284,7 @@ class TextDataModule(LightningDataModule, ABC):
         def build(folder: Path) -> None:
             if self.columns:
                 check_columns(rows.columns(), self.columns, rows.name)
-            numbers = self._select(rows, name, own_split)
+            numbers = self._partition.select(rows, name, own_split)
             total = rows.count() if numbers is None else len(numbers)
             encoding = self._encoding(packing)
             chosen = rows.pick(numbers)
@@ -334,7 +306,7 @@ class TextDataModule(LightningDataModule, ABC):
         return cache_key(
             {
                 "part": name,
-                "rows": self._identity(name, rows, own_split),
+                "rows": self._partition.identity(rows, name, own_split),
                 "own_split": own_split,
                 "tokenizer": tokenizer_identity(self.tokenizer),
                 "template": _source(type(self)),
@@ -358,41 +330,6 @@ class TextDataModule(LightningDataModule, ABC):
     def _fill(self, blocks: Blocks) -> str:
         share = sum(blocks.sizes()) / max(1, len(blocks) * self.max_length)
         return f"; packed into {len(blocks)} blocks of {self.max_length}, {share:.1%} full"
-
-    def _identity(self, name: str, rows: Rows, own_split: bool) -> Any:
-        """Return what stands for the rows' content; of a stream, that of the rows held out."""
-        if not self.streaming:
-            return rows.identity()
-        chosen = rows.pick(self._select(rows, name, own_split))
-        return hashlib.sha256(json.dumps([row.values for row in chosen]).encode()).hexdigest()
-
-    def _select(self, rows: Rows, name: str, own_split: bool) -> np.ndarray | None:
-        """Return the positions of a part's rows among `rows`, ascending; None is all of them."""
-        count = self.held_out_examples
-        if name == "test" and own_split:
-            return None
-        if name != "training" and (own_split or self.streaming):
-            return None if count is None else np.arange(count)
-        if own_split and self.num_examples is None:
-            return None
-        total = rows.count()
-        held_out = self._draw("held-out", total, 0 if own_split else count or 0)
-        if name != "training":
-            return held_out
-        if len(held_out) == total:
-            raise UserError(
-                f"{self.path} has {total} rows, of which held_out_examples takes {count}: none is "
-                "left to train on."
-            )
-        left = np.delete(np.arange(total), held_out)
-        if self.num_examples is not None:
-            left = left[self._draw("training", len(left), self.num_examples)]
-        return left
-
-    def _draw(self, name: str, total: int, count: int) -> np.ndarray:
-        """Return `count` of `total` positions (or all), ascending; fewer are a subset of more."""
-        draw = np.random.RandomState([self.seed % 2**32, len(name)])  # its numbers never change
-        return np.sort(draw.permutation(total)[:count])
 
 
 def _source(kind: type) -> str:
