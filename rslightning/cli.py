@@ -83,14 +83,17 @@ class SaveRunConfig(SaveConfigCallback):
             while path.exists():
                 number += 1
                 path = folder / f"config.resume-{number}.yaml"
-            self.parser.save(self.config, str(path), skip_none=False)
+            # Not `parser.save`: it enters the folder for a moment, in which the thread that writes
+            # TensorBoard's files would not find them where their relative paths say.
+            text = self.parser.dump(self.config, skip_none=False)
+            path.write_text(text, encoding="utf-8")
 
 
 class RecipeCLI(LightningCLI):
     """LightningCLI over `CausalLMModule` and any DataModule."""
 
     def __init__(self, args: Sequence[str], run: bool = True) -> None:
-        quiet = {"exit_on_error": False}
+        quiet = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             CausalLMModule,
             LightningDataModule,

@@ -52,6 +52,14 @@ def babyllama361() -> Path:
     return shared("models/babyllama361-llama")
 
 
+@pytest.fixture(autouse=True)
+def no_seed_is_left():
+    """Remove what `seed_everything` leaves: Lightning's processes would start from it."""
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture
 def tiny_llama():
     """Return a random Llama whose sizes are all distinct, so that a swap shows."""

@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rslightning import CausalLMModule, __version__
+from rslightning import CausalLMModule, __version__, cli
 from rslightning.__main__ import main
 from rslightning.cli import known_keys
 from rslightning.cli_errors import explain
@@ -458,6 +458,19 @@ def fitted(whole_run, tmp_path, monkeypatch):
     shutil.copytree(whole_run, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
     return Path("runs/tiny/version_0")
+
+
+def test_a_fit_stays_in_the_working_folder(recipe, tmp_path, monkeypatch):
+    # A thread writes TensorBoard's files, by relative paths, while the fit goes on.
+    visited, start, change = [], cli.SaveRunConfig.on_fit_start, os.chdir
+
+    def watched(*arguments):
+        monkeypatch.setattr(os, "chdir", lambda path: (visited.append(path), change(path)))
+        start(*arguments)
+
+    monkeypatch.setattr(cli.SaveRunConfig, "on_fit_start", watched)
+    assert run("fit", "--config", recipe, "--trainer.max_steps", "1").status == 0
+    assert visited == []
 
 
 def test_a_fit_leaves_its_results(fitted):

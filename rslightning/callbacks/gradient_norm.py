@@ -77,8 +77,9 @@ class GradientNormMonitor(Callback):
         self._found.clear()
         if reason := _unreadable(trainer.strategy):
             raise UserError(
-                f"GradientNormMonitor cannot read exact gradients under "
-                f"{type(trainer.strategy).__name__}: {reason}."
+                "GradientNormMonitor cannot read exact gradients under "
+                f"{type(trainer.strategy).__name__}: {reason}; or leave it out, with "
+                "gradient_norm: null."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
