@@ -1,5 +1,6 @@
 """Stop a run whose loss or gradient is not finite, before its weights are spoiled."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +15,6 @@ from torch.optim import Optimizer
 from typing_extensions import final
 
 from rslightning.errors import RunError
-from rslightning.stats.distributed import read_squares
 
 
 @final
@@ -58,7 +58,7 @@ class NonFiniteGuard(Callback):
         batches, losses = self._batches, self._losses
         if _is_boundary(trainer):
             self._batches, self._losses = batches[-1:] if len(trainer.optimizers) > 1 else [], []
-        numbers = [*losses, *_gradient_norm(trainer, pl_module)]
+        numbers = [*losses, *_largest_gradients(trainer, pl_module)]
         if not numbers:
             return
         device = trainer.strategy.root_device
@@ -83,13 +83,26 @@ def _is_boundary(trainer: Trainer) -> bool:
     return True
 
 
-def _gradient_norm(trainer: Trainer, module: nn.Module) -> list[Tensor]:
-    """Return the squared norm of all gradients, or nothing where they may or must not be read."""
+def _largest_gradients(trainer: Trainer, module: nn.Module) -> list[Tensor]:
+    """Return the largest entries of this process's gradients, NaN where there is one.
+
+    Nothing where the gradients may or must not be read.
+    """
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    trained = [p for p in module.parameters() if p.requires_grad]
-    if scaled or isinstance(trainer.strategy, DeepSpeedStrategy) or not trained:
+    if scaled or isinstance(trainer.strategy, DeepSpeedStrategy):
         return []
-    return [read_squares(trained, trainer.strategy.root_device).sum()]
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for parameter in module.parameters():
+        gradient = None if parameter.grad is None else _local(parameter.grad)
+        if gradient is not None and gradient.numel():  # of a small matrix a process may have none
+            groups.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+    return [torch.stack(torch._foreach_norm(group, math.inf)).amax() for group in groups.values()]
+
+
+def _local(gradient: Any) -> Tensor:
+    """Return what this process holds of a gradient: FSDP2 gives it a shard."""
+    local: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return local.coalesce().values() if local.is_sparse else local
 
 
 def _everywhere(trainer: Trainer, finite: Tensor) -> Tensor:
