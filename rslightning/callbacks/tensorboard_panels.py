@@ -1,12 +1,9 @@
 """Arrange TensorBoard: the paper's panels first, and the settings by which runs are compared."""
 
-from collections.abc import Iterator
 from typing import Any, Final
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 from typing_extensions import final
 
@@ -67,40 +64,32 @@ class TensorBoardPanels(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars(panels)
-                for summary in _hparams_summaries(settings):
+                for summary in hparams(settings, dict.fromkeys(COMPARED, 0.0)):
                     logger.experiment.file_writer.add_summary(summary)
 
 
 def run_settings(trainer: Trainer, module: LightningModule) -> dict[str, str | float]:
-    """Return what distinguishes this run from others of a sweep."""
+    """Return what distinguishes this run from others of a sweep.
+
+    TensorBoard sorts by name and shows the first five without being asked: by these names they are
+    alpha, gamma_r, rank, scaling and the learning rate.
+    """
     settings: dict[str, str | float] = {}
     layers = [layer for _, layer in adapter_layers(module)]
     if layers:
         adapter: Any = getattr(module, "adapter", None) or layers[0].adapter
-        settings |= {"rank": adapter.rank, "scaling": adapter.scaling, "alpha": adapter.alpha}
-        settings["gamma_r"] = scaling_factor(adapter.rank, adapter.alpha, adapter.scaling)
+        gamma = scaling_factor(adapter.rank, adapter.alpha, adapter.scaling)
+        settings |= {"adapter.alpha": adapter.alpha, "adapter.gamma_r": gamma}
+        settings |= {"adapter.rank": adapter.rank, "adapter.scaling": adapter.scaling}
     if trainer.optimizers:
         optimizer: Any = trainer.optimizers[0]
         optimizer = getattr(optimizer, "optimizer", optimizer)
         settings["learning_rate"] = float(optimizer.param_groups[0]["lr"])
         settings["optimizer"] = type(optimizer).__name__
     if hasattr(module, "base_model"):
-        settings["base_model"] = str(module.base_model)
+        settings["model.base_model"] = str(module.base_model)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return settings | {"trainable_parameters": trained}
-
-
-def _hparams_summaries(settings: dict[str, str | float]) -> Iterator[Summary]:
-    """Yield the summaries of the HParams tab; torch sorts by name, and only the first few show."""
-    experiment, *session = hparams(settings, dict.fromkeys(COMPARED, 0.0))
-    data = experiment.value[0].metadata.plugin_data
-    content = HParamsPluginData.FromString(data.content)
-    order = list(settings)
-    infos = sorted(content.experiment.hparam_infos, key=lambda info: order.index(info.name))
-    del content.experiment.hparam_infos[:]
-    content.experiment.hparam_infos.extend(infos)
-    data.content = content.SerializeToString()
-    yield from (experiment, *session)
+    return settings | {"model.trainable_parameters": trained}
 
 
 def _layout(trainer: Trainer) -> dict[str, dict[str, list[Any]]]:
