@@ -488,7 +488,11 @@ def bare(strategy_class):
 @pytest.mark.parametrize(
     ("strategy", "reason"),
     [
-        (FSDPStrategy(), r"under FSDPStrategy: FSDP1 .* use FSDP2 \(ModelParallelStrategy\)\."),
+        (
+            FSDPStrategy(),
+            r"under FSDPStrategy: FSDP1 .* use FSDP2 \(ModelParallelStrategy\); or leave it out, with "
+            r"gradient_norm: null\.$",
+        ),
         (bare(SingleDeviceXLAStrategy), "under SingleDeviceXLAStrategy: it is none of"),
         (bare(XLAStrategy), "under XLAStrategy: it is none of"),
         (SimpleNamespace(), "under SimpleNamespace: it is none of single device, DDP, FSDP2"),
