@@ -490,8 +490,8 @@ def bare(strategy_class):
     [
         (
             FSDPStrategy(),
-            r"under FSDPStrategy: FSDP1 .* use FSDP2 \(ModelParallelStrategy\); or leave it out, with "
-            r"gradient_norm: null\.$",
+            r"under FSDPStrategy: FSDP1 .* use FSDP2 \(ModelParallelStrategy\); or leave it out, "
+            r"with gradient_norm: null\.$",
         ),
         (bare(SingleDeviceXLAStrategy), "under SingleDeviceXLAStrategy: it is none of"),
         (bare(XLAStrategy), "under XLAStrategy: it is none of"),
