@@ -58,8 +58,6 @@ GROUPS: Final[dict[str, tuple[Any, dict[str, Any] | None]]] = {
     "score_answers": (ScoreAnswers | None, {}),
 }
 
-# Lines of jsonargparse that say where it was, not what is wrong.
-
 DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 SUBCOMMANDS: Final = ("fit", "validate", "test", "predict")
