@@ -51,7 +51,7 @@ def _dispatch(arguments: list[str]) -> None:
         run(arguments)
         return
     parsed, rest = build_parser().parse_known_args(arguments or ["--help"])
-    if rest and verb != "data":
+    if rest and verb not in ("data", "plan"):
         raise UserError(f"{rest[0]!r} is not known to rslightning {verb} (see --help).")
     parsed.options = rest
     parsed.run(parsed)
@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="and any option of fit; several files merge as there",
     )
     data.set_defaults(run=_show_data)
+    _add_plan(verbs)
     recipes = verbs.add_parser("recipes", help="list, show or copy the packaged recipes")
     recipes.add_argument("action", nargs="?", choices=("list", "show", "copy"), default="list")
     recipes.add_argument("name", nargs="?")
@@ -113,6 +114,22 @@ def _add_export(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     export.set_defaults(run=_lazily("rslightning.verbs", "export"))
 
 
+def _add_plan(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    plan = verbs.add_parser("plan", help="memory and operations per rank; the highest that fits")
+    plan.add_argument("--memory", metavar="SIZE", help="of one device: 80GiB (default: the GPU's)")
+    plan.add_argument(
+        "--devices", type=int, metavar="N", help="how many there are (default: the recipe's)"
+    )
+    plan.add_argument(
+        "--config",
+        required=True,
+        action="append",
+        metavar="RECIPE",
+        help="and any option of fit; several files merge as there",
+    )
+    plan.set_defaults(run=_show_plan)
+
+
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
@@ -131,6 +148,13 @@ def _show_data(arguments: argparse.Namespace) -> None:
 
     configs = [word for name in arguments.config for word in ("--config", name)]
     show_data([*configs, *arguments.options], arguments.n, arguments.ids)
+
+
+def _show_plan(arguments: argparse.Namespace) -> None:
+    from rslightning.cli import show_plan
+
+    configs = [word for name in arguments.config for word in ("--config", name)]
+    show_plan([*configs, *arguments.options], arguments.memory, arguments.devices)
 
 
 def _lazily(module: str, function: str) -> Callable[[argparse.Namespace], None]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from rslightning.errors import UserError
 from rslightning.rslora.adapters import Adapter, LayerAdapter
 from rslightning.rslora.peft_format import CONFIG_FILE, read_adapter
+from rslightning.rslora.quantized import QuantizedBase
 from rslightning.rslora.spec import AdapterSpec, ResolvedAdapter
 
 MODEL_PREFIX: Final = "model."
@@ -84,7 +85,9 @@ def _from_checkpoint(path: Path) -> Adapter:
         module: _layer(f"{path}: {module}", pair, spec.resolve(module), module in transposed)
         for module, pair in matrices.items()
     }
-    return Adapter(layers, hparams.get("base_model"), spec.dropout)
+    quantized = checkpoint.get("quantized")
+    base = QuantizedBase(**quantized) if quantized else None
+    return Adapter(layers, hparams.get("base_model"), spec.dropout, base)
 
 
 def _adapter_spec(path: Path, hparams: Mapping[str, Any]) -> AdapterSpec:

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rslightning.callbacks import (
@@ -43,7 +45,10 @@ from rslightning.data import TextDataModule
 from rslightning.data.show import choose_marks, describe_data
 from rslightning.errors import RunError, UserError
 from rslightning.module import CausalLMModule
+from rslightning.plan import choose_rank, device_memory, parse_memory, read_plan
+from rslightning.plan_text import describe_plan
 from rslightning.recipes import find_config
+from rslightning.rslora import AdapterSpec
 
 # Group name -> (type, default). `null` turns a group off. They run in this order, the summary last.
 GROUPS: Final[dict[str, tuple[Any, dict[str, Any] | None]]] = {
@@ -59,6 +64,9 @@ GROUPS: Final[dict[str, tuple[Any, dict[str, Any] | None]]] = {
 }
 
 DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+RANK_VARIABLE: Final = "RSLIGHTNING_AUTO_RANK"
+"""Tells the processes that Lightning starts what the first one chose: free memory changes."""
 
 SUBCOMMANDS: Final = ("fit", "validate", "test", "predict")
 
@@ -90,7 +98,8 @@ class SaveRunConfig(SaveConfigCallback):
 class RecipeCLI(LightningCLI):
     """LightningCLI over `CausalLMModule` and any DataModule."""
 
-    def __init__(self, args: Sequence[str], run: bool = True) -> None:
+    def __init__(self, args: Sequence[str], run: bool = True, build: bool = True) -> None:
+        self.build = build
         quiet = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             CausalLMModule,
@@ -114,11 +123,20 @@ class RecipeCLI(LightningCLI):
         parser.link_arguments("model.base_model", "data.init_args.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse what `run` was given; Lightning warns of arguments beside `sys.argv`."""
+        """Parse what `run` was given; Lightning warns of arguments beside `sys.argv`.
+
+        A rank that is `auto` becomes a number here, before anything is built or written.
+        """
         self.config = parser.parse_args(args)
+        if self.build:
+            verb = self.config.get("subcommand")
+            resolve_rank(self.config if verb is None else self.config[verb], verb is not None)
 
     def instantiate_classes(self) -> None:
         """Build everything; what a class says of its arguments is the user's business."""
+        if not self.build:
+            self.subcommand = None  # there is nothing to run, either
+            return
         try:
             super().instantiate_classes()
         except UserError:
@@ -197,10 +215,74 @@ def show_data(arguments: Sequence[str], count: int, ids: bool = False) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _parse(arguments: Sequence[str], run: bool = True) -> RecipeCLI:
+def show_plan(arguments: Sequence[str], memory: str | None, devices: int | None) -> None:
+    """Print what a configuration costs at each rank, and the highest that fits.
+
+    Args:
+        arguments: Options as of `fit`.
+        memory: Memory of one device, as `80GiB`; None takes that of the GPU that is here.
+        devices: Number of processes; None takes the configuration's.
+
+    Raises:
+        UserError: As `run`, what `read_plan` raises, if there is neither `memory` nor a GPU, or
+            `devices` is not positive.
+    """
+    if devices is not None and devices < 1:
+        raise UserError(f"--devices is a number of processes, got {devices}.")
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(
+        logging.WARNING
+    )  # nothing is drawn
+    config = _parse(["fit", *arguments], build=False).config["fit"].as_dict()
+    size = device_memory() if memory is None else parse_memory(memory)
+    if size is None:
+        raise UserError("There is no GPU here whose memory could be taken: give --memory 80GiB.")
+    print("\n".join(describe_plan(read_plan(config, devices), size)))
+
+
+def resolve_rank(config: Namespace, is_run: bool) -> None:
+    """Put a number in the place of `model.adapter.rank: auto`: a checkpoint's, or one that fits.
+
+    Args:
+        config: Options of one verb; changed in place.
+        is_run: Whether a model is trained or used; if not, its rank does not matter.
+
+    Raises:
+        UserError: If the checkpoint says no rank, and what `choose_rank` raises.
+    """
+    adapter = config.model.adapter
+    if adapter is None or adapter.rank != "auto":
+        return
+    checkpoint = config.get("ckpt_path")
+    if not is_run:
+        adapter.rank = AdapterSpec.rank
+    elif checkpoint is not None:
+        adapter.rank = _rank_of_checkpoint(checkpoint)
+        rank_zero_info(f"rank: auto is {adapter.rank}, as in {checkpoint}.")
+    elif int(os.environ.get("LOCAL_RANK", 0)) and RANK_VARIABLE in os.environ:
+        adapter.rank = int(os.environ[RANK_VARIABLE])
+    else:
+        adapter.rank, reason = choose_rank(config.as_dict())
+        os.environ[RANK_VARIABLE] = str(adapter.rank)
+        rank_zero_info(reason)
+
+
+def _rank_of_checkpoint(path: str) -> int:
+    _check_checkpoint(path)
+    if Path(path).is_file():
+        hparams = read_checkpoint(Path(path)).get("hyper_parameters") or {}
+        rank = (hparams.get("adapter") or {}).get("rank")
+        if isinstance(rank, int):
+            return rank
+    raise UserError(
+        f"rank: auto takes the rank of the checkpoint, and {path} does not say it: give "
+        "--model.adapter.rank a number."
+    )
+
+
+def _parse(arguments: Sequence[str], run: bool = True, build: bool = True) -> RecipeCLI:
     _quiet_libraries()
     try:
-        return RecipeCLI(_resolve_configs(arguments), run)
+        return RecipeCLI(_resolve_configs(arguments), run, build)
     except argparse.ArgumentError as error:
         raise UserError(explain(str(error), known_keys())) from None
     except MisconfigurationException as error:
@@ -283,6 +365,7 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast at each call
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

@@ -25,17 +25,28 @@ def explain(message: str, known_keys: Iterable[str]) -> str:
         return f"There is no option {wrong}{hint}"
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     reasons = dict.fromkeys(_plainly(line) for line in lines if not BOILERPLATE.match(line))
-    reason = "; ".join(reasons) or message
-    given = re.search(r"^\s*Given value: ([^{(\[]{1,60})$", message, re.MULTILINE)
+    reason = _join(list(reasons)) or message
+    given = re.search(r"^\s*Given value: ([^{(\[\n]{1,60})$", message, re.MULTILINE)
     if given and "got " not in reason.lower():
         reason += f"; got {given[1]}"
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     return f"{key}: {reason}" if key and key not in reason else reason
 
 
+def _join(reasons: Sequence[str]) -> str:
+    """Return the reasons as one; what a value could have been instead is a choice."""
+    wanted = [
+        reason.removeprefix("Expected ") for reason in reasons if reason.startswith("Expected ")
+    ]
+    if len(wanted) < len(reasons):
+        return "; ".join(reasons)
+    return f"Expected {' or '.join(wanted)}" if wanted else ""
+
+
 def _plainly(line: str) -> str:
     """Say a type as its name, and a choice as its values."""
     line = re.sub(r"(a )?<class '(?:\w+\.)*(\w+)'>", r"\2", line)
+    line = re.sub(r"(a )?typing\.Literal\[('[^']*')\]", r"\2", line)
     line = re.sub(r"(a )?typing\.Literal\[(.*?)\]", r"one of \2", line)
     return line.removesuffix(".")
 

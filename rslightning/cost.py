@@ -1,96 +1,22 @@
-"""What a model costs, counted from its `config.json` and its maps: standard library only."""
+"""What a step of a model computes, counted from its maps: standard library only.
+
+Sizes from `config.json` are `model_shape`'s, and bytes are `memory`'s, business.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
+from typing import Any, Final, NamedTuple
 
-GIB = 2**30
+GIB: Final = 2**30
 
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes of one training process, by part; an estimate, not a promise.
-
-    Attributes:
-        base: Frozen weights.
-        trainable: Trainable weights with their gradients and AdamW's two moments.
-        activations: What the backward pass keeps of the decoder layers.
-        logits: Logits, their float32 copy and their gradient.
-    """
-
-    base: int
-    trainable: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        """Sum of all parts."""
-        return self.base + self.trainable + self.activations + self.logits
-
-    def __str__(self) -> str:
-        parts = {
-            "base": self.base,
-            "trainable with gradients and AdamW": self.trainable,
-            "activations": self.activations,
-            "logits": self.logits,
-        }
-        listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
-        return f"{self.total / GIB:.2f} GiB ({listed})"
-
-
-def estimate_memory(
-    config: Mapping[str, Any],
-    frozen_parameters: int,
-    trainable_parameters: int,
-    tokens: int,
-    adapter_ranks: int = 0,
-    frozen_bytes: int = 2,
-    activation_bytes: int = 2,
-    activation_checkpointing: bool = False,
-) -> MemoryEstimate:
-    """Estimate the memory of a training step.
-
-    Per token and layer of a gated decoder whose weights are frozen, the backward pass keeps the
-    inputs of the two norms in float32 and their outputs (4 vectors of the hidden width); queries,
-    keys, values (repeated for grouped queries) and the attention's output (4 of the attention's
-    width); 4 of the MLP's inner width; and A x of each adapter. The bytes that autograd saves agree
-    within a tenth (`tests/test_cost.py`). With activation checkpointing one hidden vector per layer
-    stays, and one layer at a time is whole. Not counted: the copies of its input that an adapter
-    with dropout keeps, and the scores [T, T] of eager attention.
-
-    Args:
-        config: Content of `config.json`.
-        frozen_parameters: Entries without gradient.
-        trainable_parameters: Entries with gradient, in float32.
-        tokens: Tokens of one micro-batch, padding included.
-        adapter_ranks: Sum of the ranks of all adapted modules.
-        frozen_bytes: Bytes per frozen entry.
-        activation_bytes: Bytes per entry of an activation.
-        activation_checkpointing: Whether layers are recomputed in the backward pass.
-    """
-    text = config.get("text_config", config)
-    hidden = _first(text, "hidden_size", "n_embd", "d_model")
-    layers = _first(text, "num_hidden_layers", "n_layer", "num_layers")
-    inner = _first(text, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
-    attention = _layer_width(text)
-    norms = 2 * hidden * (4 + activation_bytes)
-    kept = norms + activation_bytes * (4 * attention + 4 * inner)
-    activations = tokens * (layers * kept + activation_bytes * adapter_ranks)
-    if activation_checkpointing:
-        activations = tokens * layers * activation_bytes * hidden + activations // max(layers, 1)
-    vocabulary = _first(text, "vocab_size")
-    return MemoryEstimate(
-        base=frozen_parameters * frozen_bytes,
-        trainable=trainable_parameters * 4 * 4,
-        activations=activations,
-        logits=tokens * vocabulary * (activation_bytes + 4 + 4),
-    )
+CHUNK_BYTES: Final = 2**28
+"""Bytes of the float32 logits that a loss makes at a time: 2,048 positions of 32,768 words."""
 
 
 @dataclass(frozen=True)
 class LinearMap:
-    """A matrix that is multiplied with every token; an adapter is two of them, A and B.
+    """A matrix that is multiplied with every token.
 
     Attributes:
         in_features: Length of its input.
@@ -106,7 +32,11 @@ class LinearMap:
 
 
 def training_flops(
-    maps: Iterable[LinearMap], tokens: int, squared_lengths: int = 0, attention_width: int = 0
+    maps: Iterable["LinearMap | LayerShape"],
+    tokens: int,
+    squared_lengths: int = 0,
+    attention_width: int = 0,
+    calls: int = 1,
 ) -> int:
     r"""Count the floating-point operations of forward and backward pass on some tokens.
 
@@ -114,29 +44,36 @@ def training_flops(
     maps [out, in] and L layers of H heads of width D that attend to their example,
 
         flops = \sum_{maps} 2 T in out (1 + [weight gradient] + [input gradient])
+                + \sum_{adapted layers} layer_cost in the order that needs fewest
                 + 12 L H D \sum_i n_i^2
 
-    so a frozen map inside of the model takes 4 T in out, a trained one 6 T in out, and an adapter
-    of rank r beside it 6 T r (in + out): `rslora/contraction.py` multiplies A x and B (A x), and
-    never B A. The scores Q K^T and what they weigh, V, take 2 n^2 D each per head, and twice that
-    backward. Both halves of causal attention count, as the PaLM paper does it (arXiv:2204.02311,
-    appendix B): models are compared by that number.
+    so a frozen map inside of the model takes 4 T in out, a trained one 6 T in out, and the usual
+    order of an adapter of rank r beside it 6 T r (in + out). What a cheaper order saves is no work
+    that was done, and a utilization (MFU) does not count it. The scores Q K^T and what they weigh,
+    V, take 2 n^2 D each per head, and twice that backward. Both halves of causal attention count,
+    as the PaLM paper does it (arXiv:2204.02311, appendix B): models are compared by that number.
 
-    These are the model's operations, which a utilization (MFU) is made of: activation checkpointing
-    and flash attention compute some of them twice, which is no progress. Not counted: embeddings,
-    norms, rotations, activation functions, the softmax and the optimizer.
+    Activation checkpointing and flash attention compute some of this twice, which is no progress
+    and not counted. Nor are embeddings, norms, rotations, activation functions, the softmax and the
+    optimizer.
 
     Args:
-        maps: What multiplies each token, the output head included.
+        maps: What multiplies each token, the output head included; an adapted layer as a whole, its
+            tokens left at 0.
         tokens: Number of tokens.
         squared_lengths: Sum over the examples of their squared lengths.
         attention_width: See `attention_width`.
+        calls: Number of micro-batches that the tokens are in; the cheapest order depends on it.
     """
-    per_token = sum(
-        2 * each.in_features * each.out_features * (1 + each.weight_gradient + each.input_gradient)
-        for each in maps
-    )
-    return per_token * tokens + 12 * attention_width * squared_lengths
+    flops = 12.0 * attention_width * squared_lengths
+    for each in maps:
+        if isinstance(each, LayerShape):
+            shape = each._replace(tokens=tokens // max(calls, 1))
+            flops += calls * layer_cost(shape, cheapest_order(shape))
+        else:
+            passes = 1 + each.weight_gradient + each.input_gradient
+            flops += 2 * tokens * each.in_features * each.out_features * passes
+    return round(flops)
 
 
 def attention_width(config: Mapping[str, Any]) -> int:
@@ -156,3 +93,124 @@ def _layer_width(text: Mapping[str, Any]) -> int:
 def _first(config: Mapping[str, Any], *names: str, default: int = 0) -> int:
     """Return the first of `names` that the configuration sets: models spell them differently."""
     return next((int(config[name]) for name in names if config.get(name) is not None), default)
+
+
+# The orders in which an adapted layer can be computed: `rslora/contraction.py` computes them.
+
+
+class LayerShape(NamedTuple):
+    """Sizes of an adapted linear layer in one call, and what is to be computed of it.
+
+    Attributes:
+        in_features: n, length of an input.
+        out_features: m, length of an output.
+        rank: r.
+        tokens: T, number of inputs.
+        input_gradient: Whether the gradient of the input is needed.
+        adapter_gradient: Whether those of A and B are needed.
+        base: Whether W x is computed along, rather than what the adapter adds alone.
+    """
+
+    in_features: int
+    out_features: int
+    rank: int
+    tokens: int
+    input_gradient: bool = True
+    adapter_gradient: bool = True
+    base: bool = True
+
+
+class Order(NamedTuple):
+    """One way to compute `y = W x + gamma B A x` and its gradients; all give the same numbers.
+
+    Attributes:
+        merged_forward: Through `W' = W + gamma B A`, else through A x and then B.
+        merged_input_gradient: Through W', else through B^T dy and then A.
+        full_gradient: dA and dB through `G = dy^T x`, else through B^T dy and A x.
+    """
+
+    merged_forward: bool = False
+    merged_input_gradient: bool = False
+    full_gradient: bool = False
+
+
+USUAL_ORDER: Final = Order()
+
+ORDERS: Final = tuple(Order(*choices) for choices in product((False, True), repeat=3))
+
+
+def cheapest_order(
+    shape: LayerShape, orders: Iterable[Order] = ORDERS, operations_per_entry: float = 0.0
+) -> Order:
+    """Return the order that costs least; of equals, the one that comes first.
+
+    Args:
+        shape: Sizes of the layer.
+        orders: What there is to choose from.
+        operations_per_entry: As for `layer_cost`.
+    """
+    return min(orders, key=lambda order: layer_cost(shape, order, operations_per_entry))
+
+
+def keeps_merged(shape: LayerShape, order: Order) -> bool:
+    """Tell whether W' waits for the backward pass, rather than being made anew there.
+
+    It does where it has no more entries than the A x that the usual order keeps: so no order keeps
+    more from forward to backward than the usual one does.
+    """
+    used_twice = order.merged_forward and order.merged_input_gradient and shape.input_gradient
+    usual_keeps = shape.tokens * shape.rank if shape.adapter_gradient else 0
+    return used_twice and shape.in_features * shape.out_features <= usual_keeps
+
+
+def kept_entries(shape: LayerShape, order: Order) -> int:
+    """Count the entries that wait for the backward pass, beside the input: W', or A x."""
+    if keeps_merged(shape, order):
+        return shape.in_features * shape.out_features
+    keeps_down = shape.adapter_gradient and not (order.merged_forward or order.full_gradient)
+    return shape.tokens * shape.rank if keeps_down else 0
+
+
+def layer_cost(shape: LayerShape, order: Order, operations_per_entry: float = 0.0) -> float:
+    """Return what forward and backward pass of an adapted layer cost, in operations.
+
+    The product of matrices [a, b] and [b, c] takes `2 a b c` operations and moves
+    `a b + b c + a c` entries, one more `a c` where it is added to a matrix.
+
+    Args:
+        shape: Sizes of the layer.
+        order: How it is computed.
+        operations_per_entry: Operations that the processor could do while it moves one entry; 0
+            counts operations alone.
+    """
+    n, m, r, t = shape[:4]
+
+    def multiply(a: int, b: int, c: int, added: bool = False) -> float:
+        entries = a * b + b * c + a * c * (2 if added else 1)
+        return 2 * a * b * c + operations_per_entry * entries
+
+    merge = multiply(m, r, n, added=shape.base)
+    down, up = multiply(t, n, r), multiply(t, m, r)  # A x and B^T dy
+    has_down = has_up = False
+    cost = 0.0
+    if shape.base or order.merged_forward:
+        cost += multiply(t, n, m)
+    if order.merged_forward:
+        cost += merge
+    else:
+        cost += down + multiply(t, r, m, added=True)
+        has_down = True
+    if shape.input_gradient:
+        if shape.base or order.merged_input_gradient:
+            cost += multiply(t, m, n)
+        if order.merged_input_gradient:
+            cost += 0 if keeps_merged(shape, order) else merge
+        else:
+            cost += up + multiply(t, r, n, added=shape.base)
+            has_up = True
+    if not shape.adapter_gradient:
+        return cost
+    if order.full_gradient:
+        return cost + multiply(m, t, n) + multiply(m, n, r) + multiply(r, m, n)
+    cost += (0 if has_down else down) + (0 if has_up else up)
+    return cost + multiply(m, t, r) + multiply(r, t, n)

@@ -1,9 +1,24 @@
-"""Cross-entropy of a causal language model in nats, as a sum and a count."""
+"""Cross-entropy of a causal language model in nats, as a sum and a count.
 
+With h the head's input, W and b its weight and bias, and y the token that follows a position,
+
+    logits = W h + b,    nats = log sum_v exp(logits[v]) - logits[y],
+    d nats / d logits = softmax(logits) - onehot(y) = s,
+    d nats / d h = W^T s,    d nats / d W = s h^T,    d nats / d b = s.
+
+The logits are the largest tensor of a training step (16,384 tokens of a vocabulary of 128,000 are
+8 GB in float32), so `linear_nats` makes them for a chunk of target positions at a time, and takes
+the gradients while a chunk is there: nothing of size [B T, V] exists, nor is it computed twice.
+"""
+
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rslightning.batch import IGNORED
+from rslightning.cost import CHUNK_BYTES
 
 
 def token_nats(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,3 +34,117 @@ def token_nats(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     is_target = targets != IGNORED
     scores = logits[:, :-1][is_target].float()
     return F.cross_entropy(scores, targets[is_target], reduction="sum"), is_target.sum()
+
+
+def linear_nats(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Return the summed cross-entropy of `F.linear(hidden, weight, bias)` in nats.
+
+    The product runs in the dtype that `F.linear` would take (autocast's, where there is one), the
+    softmax and the sum in float32 at least. Gradients are taken along with the value, and the
+    backward pass only multiplies them by its scalar, which needs no weight. A weight that is
+    trained costs one more [V, H] in float32, in which its gradient is summed.
+
+    Shape:
+        hidden [N, H], weight [V, H], bias [V], targets [N] int64 -> [].
+
+    Args:
+        hidden: Input of the head.
+        weight: Weight of the head.
+        bias: Bias of the head, if it has one.
+        targets: Token to predict at each position; `IGNORED` positions are left out.
+
+    Raises:
+        RuntimeError: If it is differentiated twice.
+    """
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    wanted = [
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (hidden, weight, bias)
+    ]
+    nats: Tensor = _nats_and_gradients(hidden, weight, bias, targets, dtype, CHUNK_BYTES, wanted)[0]
+    return nats
+
+
+# A custom operator, because torch.compile takes it as a whole: how many rows there are is not known
+# before the targets are.
+@torch.library.custom_op("rslightning::linear_nats", mutates_args=())
+def _nats_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    dtype: torch.dtype,
+    chunk_bytes: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the nats and their gradients by hidden, weight and bias, empty where not wanted."""
+    results = _empty_results(hidden, weight, bias, targets, dtype, chunk_bytes, wanted)
+    nats, by_hidden, by_weight, by_bias = (tensor.zero_() for tensor in results)
+    matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+    chunk_rows = max(1, chunk_bytes // (nats.element_size() * len(weight)))
+    for chunk in (targets != IGNORED).nonzero().squeeze(1).split(chunk_rows):
+        rows, words = hidden[chunk].to(dtype), targets[chunk]
+        scores = F.log_softmax(F.linear(rows, matrix, offset), -1, dtype=nats.dtype)
+        of_words = scores.gather(1, words.unsqueeze(1)).squeeze(1)
+        nats -= of_words.sum()
+        if not any(wanted):
+            continue
+        slopes = _slopes_(scores, words, of_words)
+        if wanted[2]:
+            by_bias += slopes.sum(0)
+        slopes = slopes.to(dtype)
+        if wanted[1]:
+            by_weight += slopes.T @ rows
+        if wanted[0]:
+            by_hidden[chunk] = (slopes @ matrix).to(hidden.dtype)
+    return nats, by_hidden, by_weight, by_bias
+
+
+def _slopes_(scores: Tensor, words: Tensor, of_words: Tensor) -> Tensor:
+    """Turn log-softmax into softmax, less one at the targets."""
+    # Assigned, not added: that is deterministic on every device.
+    scores.exp_()[torch.arange(len(words), device=words.device), words] = of_words.expm1()
+    return scores
+
+
+@_nats_and_gradients.register_fake
+def _empty_results(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    dtype: torch.dtype,
+    chunk_bytes: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(dtype, torch.float32)
+    return (
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty(hidden.shape if wanted[0] else 0),
+        weight.new_empty(weight.shape if wanted[1] else 0, dtype=wide),
+        weight.new_empty(len(weight) if wanted[2] else 0, dtype=wide),
+    )
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # else zeros for the gradients, which are outputs, too
+    ctx.save_for_backward(*output[1:])
+    ctx.dtypes = [
+        tensor.dtype if wanted else None
+        for tensor, wanted in zip(inputs[:3], inputs[-1], strict=True)
+    ]
+
+
+def _scale_gradients(ctx: Any, by_nats: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # that is, under create_graph
+        raise RuntimeError("linear_nats cannot be differentiated twice: leave out create_graph.")
+    gradients = [
+        None if dtype is None or by_nats is None else (gradient * by_nats).to(dtype)
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    ]
+    return (*gradients, None, None, None, None)
+
+
+_nats_and_gradients.register_autograd(_scale_gradients, setup_context=_keep_gradients)

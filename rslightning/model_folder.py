@@ -1,7 +1,7 @@
 """A model folder in Hugging Face's layout, seen without transformers: configuration and tensors."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -97,9 +97,20 @@ def find_model_folder(name: str, revision: str | None = None) -> Path:
     folder = Path(resolve_asset(name)).expanduser()
     if folder.is_dir():
         return folder
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if _is_path(name):
         raise UserError(f"Base model {name} does not exist.")
     return _fetch(name, revision)
+
+
+def read_model_config(name: str) -> dict[str, Any]:
+    """Return the configuration of a model, of which a Hub name's is fetched alone.
+
+    Raises:
+        UserError: As `find_model_folder`, and if there is no JSON object in `config.json`.
+    """
+    if is_hub_name(name) and not _is_path(name):
+        return read_json(_fetch(name, None, (CONFIG_FILE,)) / CONFIG_FILE)
+    return read_json(find_model_folder(name) / CONFIG_FILE)
 
 
 def is_hub_name(name: str) -> bool:
@@ -142,12 +153,16 @@ def unique_key(names: Iterable[str], wanted: str) -> str | None:
     return inner if inner in names else None
 
 
-def _fetch(name: str, revision: str | None) -> Path:
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _fetch(name: str, revision: str | None, files: Sequence[str] = HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -13,16 +13,23 @@ from torch import Tensor
 from torchmetrics.aggregation import MeanMetric
 
 from rslightning import hf
-from rslightning.batch import Batch
+from rslightning.batch import IGNORED, Batch
 from rslightning.errors import UserError
 from rslightning.losses import token_nats
 from rslightning.model_folder import absolute_name, find_model_folder
+from rslightning.optimizer import prefer_fused
+from rslightning.output_head import logits_are_of_head, nats_for_logits
 from rslightning.rslora import AdapterSpec, InjectionReport, inject_adapters
 from rslightning.rslora.adapters import check_same_tensors
-from rslightning.rslora.linear import adapter_layers, is_conv1d
+from rslightning.rslora.linear import adapter_layers
+from rslightning.rslora.quantized import describe_quantization, is_stored_transposed
+from rslightning.rslora.rounding import allow_merged_orders
 
 STRUCTURE: Final = ("rank", "alpha", "scaling", "targets", "rank_pattern", "alpha_pattern")
 """Fields of an adapter that decide which tensors there are and what they compute."""
+
+AUTOCAST_DTYPES: Final = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""The dtype of products under a precision of the Trainer; under the others it is the model's."""
 
 
 class CausalLMModule(LightningModule):
@@ -41,9 +48,14 @@ class CausalLMModule(LightningModule):
             ...); null takes the best that the architecture has in torch alone.
         activation_checkpointing: Recompute each decoder layer in the backward pass: less memory,
             about a third more time.
+        compile: Let `torch.compile` fuse the operations of each decoder layer; the first steps take
+            a minute or more.
         pretrained: Load the base's weights; false draws new ones, for training from scratch.
         max_new_tokens: Length limit of an answer in `predict`.
         trust_remote_code: Run model code that the base's folder brings along.
+        quantization: Arguments of transformers' `BitsAndBytesConfig`, as `load_in_4bit`: the frozen
+            linear maps are kept in 4 or 8 bit and dequantized where they are used (QLoRA); null
+            keeps them in `dtype`.
 
     Logs:
         train/loss: nats per target token, over the micro-batches of each optimizer step.
@@ -51,8 +63,9 @@ class CausalLMModule(LightningModule):
         val/loss, val/perplexity, test/loss, test/perplexity: the same over the whole pass.
 
     Raises:
-        UserError: If the base cannot be loaded, a target matches nothing, a checkpoint is of
-            another structure, or a token id is outside of the base's vocabulary.
+        UserError: If the base cannot be loaded or quantized, a target matches nothing, a checkpoint
+            is of another structure, a token id is outside of the base's vocabulary, or a quantized
+            base shall be trained without adapters.
     """
 
     model: Any  # a transformers.PreTrainedModel, once configure_model has run
@@ -69,6 +82,8 @@ class CausalLMModule(LightningModule):
         pretrained: bool = True,
         max_new_tokens: int = 64,
         trust_remote_code: bool = False,
+        quantization: dict[str, Any] | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(adapter, Mapping):  # as checkpoints keep it
@@ -79,6 +94,9 @@ class CausalLMModule(LightningModule):
         self.dtype_name, self.attention, self.pretrained = dtype, attention, pretrained
         self.activation_checkpointing = activation_checkpointing
         self.max_new_tokens, self.trust_remote_code = max_new_tokens, trust_remote_code
+        self.quantization, self.compiles = quantization, compile
+        if quantization is not None:  # refused now, and not after the data was prepared
+            hf.quantization_config(quantization, getattr(torch, dtype))
         # Plain values only, so that every checkpoint opens with weights_only=True.
         self.save_hyperparameters(
             {
@@ -87,11 +105,14 @@ class CausalLMModule(LightningModule):
                 "dtype": dtype,
                 "attention": attention,
                 "pretrained": pretrained,
+                "quantization": quantization,
             }
         )
         self.strict_loading = False  # checkpoints hold the trainable state only
         self.model = None
         self.injection: InjectionReport | None = None
+        self.logits_are_of_head = False
+        self._measured_step: int | None = None  # when the rounding of W' was measured last
         self.mean_nats = MeanMetric()
         self._window: list[tuple[Tensor, Tensor]] = []  # micro-batches of the open step
 
@@ -106,12 +127,16 @@ class CausalLMModule(LightningModule):
             self.pretrained,
             self.activation_checkpointing,
             self.trust_remote_code,
+            self.quantization,
         )
         model.config.name_or_path = self.base_model  # not the place in a cache that it came from
         if self.adapter is not None:
             self.injection = inject_adapters(model, self.adapter)
             if self.injection.warning:
                 rank_zero_warn(self.injection.warning)
+        self.logits_are_of_head = logits_are_of_head(model)
+        if self.compiles:
+            hf.compile_decoder_layers(model)
         self.model = model
 
     def forward(self, batch: Batch) -> Tensor:
@@ -127,12 +152,24 @@ class CausalLMModule(LightningModule):
         return logits
 
     def nats(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the summed nats of a batch's targets and their number."""
-        return token_nats(self(batch), batch.labels)
+        """Return the summed nats of a batch's targets and their number.
+
+        They are taken inside the head's call, without the logits of the whole batch; where logits
+        are more than the head's product (see `logits_are_of_head`), from the logits.
+        """
+        if not self.logits_are_of_head:
+            return token_nats(self(batch), batch.labels)
+        with nats_for_logits(self.model, batch.labels):
+            nats = self(batch).squeeze()
+        return nats, (batch.labels[:, 1:] != IGNORED).sum()
 
     def on_fit_start(self) -> None:
-        """Refuse data of another vocabulary before the first step."""
+        """Refuse what cannot be trained before the first step."""
         self._check_vocabulary()
+        if self.quantization is not None and self.adapter is None:
+            raise UserError(
+                "A quantized base is frozen: give model.adapter a rank, or leave quantization out."
+            )
 
     def on_validation_start(self) -> None:
         """Refuse data of another vocabulary."""
@@ -145,6 +182,17 @@ class CausalLMModule(LightningModule):
     def on_predict_start(self) -> None:
         """Refuse data of another vocabulary."""
         self._check_vocabulary()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Measure, at steps 1, 2, 4, ..., 64, 128, 192, ..., which layers may merge in 16 bit."""
+        step = self.trainer.global_step
+        due = step & (step - 1) == 0 or step % 64 == 0
+        if not due or step == self._measured_step:
+            return
+        self._measured_step = step
+        dtype = AUTOCAST_DTYPES.get(str(self.trainer.precision), self.model.dtype)
+        if dtype.itemsize == 2:
+            allow_merged_orders(self.model, dtype)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the micro-batch's part of the mean nats per target token of the step."""
@@ -198,6 +246,7 @@ class CausalLMModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule over the trainable parameters."""
         optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        prefer_fused(optimizer)
         if self.make_lr_scheduler is None:
             return optimizer
         schedule = {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}
@@ -215,7 +264,15 @@ class CausalLMModule(LightningModule):
         }
         # Which weights are kept as [in, out] cannot be told from the matrices where W is square.
         layers = adapter_layers(self.model)
-        checkpoint["transposed"] = [path for path, layer in layers if is_conv1d(layer.base)]
+        checkpoint["transposed"] = [
+            path for path, layer in layers if is_stored_transposed(layer.base)
+        ]
+        # Measured now and then: a run that goes on computes as the one that was interrupted.
+        checkpoint["merges_in_16_bit"] = [
+            path for path, layer in adapter_layers(self.model) if layer.merges_in_16_bit
+        ]
+        if (quantized := describe_quantization(self.model)) is not None:
+            checkpoint["quantized"] = asdict(quantized)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another structure; say what else differs."""
@@ -227,6 +284,9 @@ class CausalLMModule(LightningModule):
                     "set it to the checkpoint's, or start a new run."
                 )
         check_same_tensors(self.trainable_state(), checkpoint["state_dict"])
+        merging = set(checkpoint.get("merges_in_16_bit", ()))
+        for path, layer in adapter_layers(self.model):
+            layer.merges_in_16_bit = path in merging
 
     def _check_vocabulary(self) -> None:
         """Raise `UserError` if the data (one of ours) has token ids that the base cannot embed."""
@@ -258,6 +318,7 @@ def _structure(hparams: Mapping[str, Any]) -> dict[str, Any]:
     structure: dict[str, Any] = {}
     if "base_model" in hparams:
         structure["base_model"] = Path(hparams["base_model"]).name
+    structure["quantization"] = hparams.get("quantization")
     adapter = hparams.get("adapter")
     structure["method"] = "full fine-tuning" if adapter is None else "adapters"
     if adapter is None:

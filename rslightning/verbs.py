@@ -33,7 +33,7 @@ def merge(arguments: argparse.Namespace) -> None:
         report.write(aside)
     print(
         f"Merged {len(report.layers)} layers of {adapter.base_model} into {arguments.output} "
-        f"({report.dtype}); rounding lost at most {report.worst} of a layer's "
+        f"({report.where}); rounding lost at most {report.worst} of a layer's "
         "update."
     )
     if report.warning:

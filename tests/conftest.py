@@ -185,9 +185,10 @@ def random_gpt2(**changes):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    sizes = {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_inner": 40, "n_positions": 32}
+    sizes = {"vocab_size": 53, "n_embd": 24, "n_layer": 2, "n_head": 4}
+    sizes |= {"n_inner": 40, "n_positions": 32}
     special = {"bos_token_id": 0, "eos_token_id": 1}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=53, **(special | sizes | changes)))
+    return GPT2LMHeadModel(GPT2Config(**(special | sizes | changes)))
 
 
 @pytest.fixture(scope="session")
@@ -320,3 +321,16 @@ def fitted_run(tmp_path_factory, make_module, make_data) -> FittedRun:
     trainer.fit(module, data)
     module.eval()
     return FittedRun(folder, module, data)
+
+
+@pytest.fixture(scope="session")
+def largest_allocation():
+    """Return a function that runs another; it returns the largest allocation there, in bytes."""
+
+    def measure(function):
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            function()
+        return max(event.self_cpu_memory_usage for event in profile.events())
+
+    return measure

@@ -256,7 +256,7 @@ def test_a_recipe_is_shown_and_copied(tmp_path, monkeypatch):
             "There is no option merge_adaptrs.dtype; did you mean merge_adapters.dtype?",
         ),
         ("--model.adapter.rank 0", "rank must be a positive integer, got 0"),
-        ("--model.adapter.rank 2.5", "model.adapter.rank: Expected int. Got value: 2.5"),
+        ("--model.adapter.rank 2.5", "model.adapter.rank: Expected int or 'auto'; got 2.5"),
         ("--model.adapter.alpha=-1", "alpha must be positive and finite, got -1.0"),
         ("--model.adapter.alpha big", "model.adapter.alpha: Expected float. Got value: big"),
         ("--model.adapter.dropout 1.5", "dropout must be in [0, 1), got 1.5"),

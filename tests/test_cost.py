@@ -1,144 +1,25 @@
+import random
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from rslightning import hf
 from rslightning.callbacks.throughput import linear_maps
 from rslightning.cost import (
-    GIB,
+    ORDERS,
+    USUAL_ORDER,
+    LayerShape,
     LinearMap,
-    MemoryEstimate,
+    Order,
     attention_width,
-    estimate_memory,
+    cheapest_order,
+    keeps_merged,
+    kept_entries,
+    layer_cost,
     training_flops,
 )
-from rslightning.rslora import AdapterSpec, inject_adapters
-
-SHAPES = {
-    "grouped queries": {
-        "hidden_size": 96,
-        "intermediate_size": 160,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-    },
-    "wide MLP": {
-        "hidden_size": 64,
-        "intermediate_size": 224,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-    },
-    "wide heads": {
-        "hidden_size": 64,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 48,
-    },
-}
-B, T = 3, 50
-
-
-def build(shape: str, rank: int, dtype: torch.dtype = torch.float32):
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=53, max_position_embeddings=64, **SHAPES[shape])
-    model = LlamaForCausalLM(config).to(dtype)
-    inject_adapters(model, AdapterSpec(rank=rank))
-    return model.train()
-
-
-def saved_bytes(model, mixed: bool = False) -> int:
-    """Count the bytes that the forward pass saves, each storage once, weights left out."""
-    weights = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    storages = {}
-
-    def save(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # kept alive
-        return tensor
-
-    ids = torch.randint(0, 53, (B, T))
-    mask = torch.ones_like(ids)
-    mask[0, -3:] = 0
-    hooks = torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)
-    with torch.autocast("cpu", torch.bfloat16, enabled=mixed), hooks:
-        model.model(ids, attention_mask=mask, use_cache=False)
-    return sum(x.nbytes() for pointer, x in storages.items() if pointer not in weights)
-
-
-def estimated_activations(model, rank: int, **options) -> int:
-    ranks = 7 * rank * model.config.num_hidden_layers
-    options = {"adapter_ranks": ranks, "activation_bytes": 4, **options}
-    return estimate_memory(model.config.to_dict(), 0, 0, B * T, **options).activations
-
-
-@pytest.mark.parametrize("rank", [4, 64])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_activations_are_those_that_autograd_saves(shape, rank):
-    model = build(shape, rank)
-    assert estimated_activations(model, rank) == pytest.approx(saved_bytes(model), rel=0.1)
-
-
-def test_activations_under_mixed_precision():
-    model = build("grouped queries", 4, torch.bfloat16)
-    measured = saved_bytes(model, mixed=True)
-    assert estimated_activations(model, 4, activation_bytes=2) == pytest.approx(measured, rel=0.1)
-
-
-def test_activation_checkpointing_keeps_one_layer_and_the_inputs_of_all():
-    model = build("grouped queries", 4)
-    one_layer = saved_bytes(model) / 3
-    hf._enable_checkpointing(model)
-    inputs = saved_bytes(model)
-    estimate = estimated_activations(model, 4, activation_checkpointing=True)
-    assert inputs < one_layer
-    assert estimate == pytest.approx(one_layer + inputs, rel=0.1)
-
-
-def test_weights_gradients_and_moments():
-    model = build("wide MLP", 4)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable)
-    model(torch.zeros(1, 2, dtype=torch.int64)).logits.sum().backward()
-    optimizer.step()
-    estimate = estimate_memory(
-        model.config.to_dict(), frozen, sum(p.numel() for p in trainable), tokens=1, frozen_bytes=4
-    )
-    moments = [optimizer.state[p][key] for p in trainable for key in ("exp_avg", "exp_avg_sq")]
-    held = [*trainable, *(p.grad for p in trainable), *moments]
-    assert estimate.trainable == sum(tensor.nbytes for tensor in held)
-    assert estimate.base == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-
-
-def test_logits_their_copy_and_their_gradient():
-    estimate = estimate_memory({"vocab_size": 53, "hidden_size": 8}, 0, 0, tokens=7)
-    assert estimate.logits == 7 * 53 * (2 + 4 + 4)
-
-
-def test_names_of_other_architectures_mean_the_same():
-    llama = {
-        "hidden_size": 48,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 6,
-        "intermediate_size": 192,
-        "vocab_size": 53,
-    }
-    gpt2 = {"n_embd": 48, "n_layer": 5, "n_head": 6, "n_inner": None, "vocab_size": 53}
-    vision = {"text_config": llama, "vocab_size": 1}
-    estimates = {estimate_memory(config, 1, 1, 11) for config in (llama, gpt2, vision)}
-    assert len(estimates) == 1
-
-
-def test_an_estimate_reads_as_one_line():
-    estimate = MemoryEstimate(base=GIB, trainable=GIB // 2, activations=0, logits=GIB // 4)
-    assert estimate.total == 7 * GIB // 4
-    assert str(estimate) == (
-        "1.75 GiB (base 1.00, trainable with gradients and AdamW 0.50, logits 0.25)"
-    )
-
+from rslightning.rslora import AdapterSpec, contraction, inject_adapters
 
 ROWS, LENGTH, RANK = 3, 11, 5
 TOKENS = ROWS * LENGTH
@@ -147,9 +28,13 @@ EAGER = {"attn_implementation": "eager"}  # torch's counter does not know the CP
 
 
 def counted(model) -> int:
-    """Return the operations that torch sees in a forward and a backward pass."""
+    """Return the operations that torch sees in a forward and a backward pass.
+
+    Adapters in the order of fewest operations, whatever moving entries costs on this device.
+    """
     ids = torch.randint(2, 53, (ROWS, LENGTH))
-    with FlopCounterMode(display=False) as counter:
+    with pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False) as counter:
+        patch.setattr(contraction, "choose_order", lambda shape, *_: cheapest_order(shape))
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     return counter.get_total_flops()
 
@@ -161,7 +46,13 @@ def expected(model) -> int:
 
 def input_gradient(features: int) -> int:
     """Return the operations of the gradient into the input of a map with an adapter."""
-    return 2 * TOKENS * HIDDEN * (features + RANK)
+    shape = LayerShape(HIDDEN, features, RANK, TOKENS)
+    without = shape._replace(input_gradient=False)
+    return fewest(shape) - fewest(without)
+
+
+def fewest(shape: LayerShape) -> int:
+    return min(layer_cost(shape, order) for order in ORDERS)
 
 
 KEYS_AND_VALUES = 2 * input_gradient(KEYS)
@@ -187,7 +78,8 @@ def test_operations_of_pefts_adapters(make_llama):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(make_llama(53, **EAGER), config)
-    assert expected(model) == counted(model) + KEYS_AND_VALUES
+    usual = 2 * TOKENS * HIDDEN * (KEYS + RANK)  # W's and A's, for keys and for values
+    assert expected(model) == counted(model) + 2 * usual
 
 
 def test_operations_of_gpt2_whose_queries_keys_and_values_are_one_map(make_gpt2):
@@ -223,3 +115,105 @@ def test_the_attention_of_other_architectures():
     wide = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 48}
     assert attention_width({"text_config": wide}) == 2 * 4 * 48
     assert attention_width({}) == 0
+
+
+# The orders of an adapted layer
+
+
+def random_shape(draw: random.Random) -> LayerShape:
+    n, m, r, tokens = (draw.randint(1, 300) for _ in range(4))
+    return LayerShape(n, m, r, tokens, *(draw.random() < 0.7 for _ in range(3)))
+
+
+def test_the_first_order_is_the_usual_one():
+    assert ORDERS[0] == USUAL_ORDER == Order(False, False, False)
+    assert len(set(ORDERS)) == 8
+
+
+def test_the_cost_by_hand():
+    shape, everything = LayerShape(2, 3, 5, 7), Order(True, True, True)
+    base, adapter, merge = 2 * 7 * 6, 2 * 7 * 5 * (2 + 3), 2 * 5 * 6
+    assert layer_cost(shape, USUAL_ORDER) == 2 * base + 3 * adapter
+    assert not keeps_merged(shape._replace(rank=0), everything)
+    assert keeps_merged(shape, everything)  # 6 entries, and A x has 35
+    assert layer_cost(shape, everything) == 3 * base + 3 * merge
+    entries = 15 + 10 + 2 * 6  # of B and A, and W is added
+    entries += 2 * (14 + 6 + 21)  # y and dx through W'
+    entries += 21 + 14 + 6 + (6 + 10 + 15) * 2  # G, and dA and dB from it
+    assert layer_cost(shape, everything, 1.0) == 3 * base + 3 * merge + entries
+    assert layer_cost(shape, everything, 4.0) == 3 * base + 3 * merge + 4 * entries
+
+
+def test_few_tokens_take_the_usual_order():
+    """Where T < in out / (in + out), whatever the rank and the gradients."""
+    draw = random.Random(0)
+    for _ in range(2000):
+        shape = random_shape(draw)
+        n, m, _, tokens, *_ = shape
+        if tokens * (n + m) < n * m:
+            assert cheapest_order(shape) == USUAL_ORDER
+
+
+@pytest.mark.parametrize("rank", [1, 8, 999])
+def test_an_evaluation_merges_where_the_tokens_exceed_half_the_harmonic_mean(rank):
+    shape = LayerShape(300, 600, rank, 200, input_gradient=False, adapter_gradient=False)
+    for tokens, merged in ((199, False), (200, False), (201, True)):  # 200 = 300 600 / 900
+        assert cheapest_order(shape._replace(tokens=tokens)).merged_forward is merged
+
+
+@pytest.mark.parametrize("rank", [1, 8, 60])
+def test_training_merges_where_the_tokens_exceed_the_width(rank):
+    """A x and B^T dy are made in any case, so W' saves B's half of y, and A's half of dx."""
+    shape = LayerShape(300, 600, rank, 0)
+    for tokens in (299, 301, 599, 601, 2000):
+        order = cheapest_order(shape._replace(tokens=tokens))
+        assert order == Order(tokens > 300, tokens > 600, False)
+
+
+@pytest.mark.parametrize(("rank", "full"), [(1, False), (99, False), (101, True), (999, True)])
+def test_very_many_tokens_merge_all_at_high_rank(rank, full):
+    assert cheapest_order(LayerShape(300, 600, rank, 10**7)) == Order(True, True, full)
+
+
+def test_of_equal_orders_the_first_and_only_of_those_asked():
+    shape = LayerShape(300, 600, 8, 10**4, input_gradient=False)
+    assert cheapest_order(shape) == Order(True, False, False)
+    assert cheapest_order(shape, ORDERS[::-1]) == Order(True, True, False)
+    assert cheapest_order(shape, ORDERS[:4]) == USUAL_ORDER
+
+
+def test_moving_entries_costs_in_proportion():
+    draw = random.Random(1)
+    for _ in range(200):
+        shape = random_shape(draw)
+        for order in ORDERS:
+            costs = [layer_cost(shape, order, factor) for factor in (0.0, 1.0, 3.0)]
+            assert costs[2] - costs[0] == pytest.approx(3 * (costs[1] - costs[0]))
+            assert costs[1] > costs[0] > 0
+
+
+def test_no_order_keeps_more_than_the_usual_one():
+    draw = random.Random(2)
+    for _ in range(500):
+        shape = random_shape(draw)
+        usual = kept_entries(shape, USUAL_ORDER)
+        assert usual == (shape.tokens * shape.rank if shape.adapter_gradient else 0)
+        for order in ORDERS:
+            assert kept_entries(shape, order) <= usual
+
+
+@pytest.mark.parametrize(("tokens", "kept"), [(199, False), (200, True)])
+def test_the_merged_weight_waits_where_it_is_no_larger_than_a_x(tokens, kept):
+    shape, both = LayerShape(20, 30, 3, tokens), Order(True, True, False)  # 20 30 = 3 200
+    assert keeps_merged(shape, both) is kept
+    assert kept_entries(shape, both) == (600 if kept else 0)
+    merge = 2 * 3 * 20 * 30
+    backward_only = shape._replace(adapter_gradient=False)
+    assert layer_cost(backward_only, both) == 4 * tokens * 600 + 2 * merge
+    split = 2 * tokens * 3 * 50 * 2  # A x, B^T dy, dA and dB
+    assert layer_cost(shape, both) == 4 * tokens * 600 + (1 if kept else 2) * merge + split
+    for order in (Order(True, False, False), Order(False, True, True)):
+        assert not keeps_merged(shape, order)
+        assert kept_entries(shape, order) == 0
+    assert not keeps_merged(shape._replace(input_gradient=False), both)
+    assert not keeps_merged(backward_only, both)

@@ -2,9 +2,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+from rslightning import losses
 from rslightning.batch import IGNORED
-from rslightning.losses import token_nats
+from rslightning.losses import linear_nats, token_nats
 
 B, T, V = 3, 7, 11
 
@@ -78,3 +81,219 @@ def test_no_target_gives_a_gradient_of_zero_and_not_nan(scored):
     nats, targets = token_nats(logits, torch.full_like(labels, IGNORED))
     (nats / targets.clamp(min=1)).backward()
     assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+# --- fused with the head ------------------------------------------------------------------------
+
+N, H = 13, 5
+BIASES = {"bias": True, "no bias": False}
+
+
+def head_inputs(bias=True, dtype=torch.float32, scale=1.0):
+    """Return hidden [N, H], weight [V, H], bias [V] or None, that require gradients, and targets.
+
+    Eight of the thirteen positions are targets.
+    """
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight, offset = (
+        (scale * torch.randn(shape, generator=generator)).to(dtype).requires_grad_()
+        for shape in ((N, H), (V, H), (V,))
+    )
+    targets = torch.randint(0, V, (N,), generator=generator)
+    targets[[0, 3, 4, 9, 12]] = IGNORED
+    return [hidden, weight, offset if bias else None], targets
+
+
+def dense(tensors, targets):
+    """Return the nats and their gradients, by whole logits and autograd in float64."""
+    tensors = [x if x is None else x.detach().double().requires_grad_() for x in tensors]
+    nats = F.cross_entropy(F.linear(*tensors), targets, reduction="sum", ignore_index=IGNORED)
+    return nats.detach(), torch.autograd.grad(nats, [x for x in tensors if x is not None])
+
+
+def fused(tensors, targets):
+    nats = linear_nats(*tensors, targets)
+    return nats.detach(), torch.autograd.grad(nats, [x for x in tensors if x is not None])
+
+
+@pytest.fixture(params=[1, 3, 8, 100], ids=lambda rows: f"{rows} rows")
+def chunk(request, monkeypatch):
+    """Let a chunk of float32 logits have this many rows."""
+    monkeypatch.setattr(losses, "CHUNK_BYTES", request.param * V * 4 + 3)
+    return request.param
+
+
+@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
+def test_fused_nats_are_dense_ones(chunk, bias):
+    tensors, targets = head_inputs(bias)
+    nats, gradients = fused(tensors, targets)
+    expected_nats, expected_gradients = dense(tensors, targets)
+    assert float(nats) == pytest.approx(float(expected_nats), rel=1e-6)
+    assert len(gradients) == 2 + bias
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
+def test_fused_gradients_are_numerical_ones(monkeypatch, bias):
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 3 * V * 8)
+    tensors, targets = head_inputs(bias, torch.float64)
+    chosen = [x for x in tensors if x is not None]
+    rest = [None] * (3 - len(chosen))
+    assert torch.autograd.gradcheck(lambda *x: 0.7 * linear_nats(*x, *rest, targets), chosen)
+
+
+def test_positions_that_are_no_target_have_a_gradient_of_zero():
+    tensors, targets = head_inputs()
+    _, (by_hidden, _, _) = fused(tensors, targets)
+    assert torch.equal(by_hidden.ne(0).any(1), targets != IGNORED)
+
+
+@pytest.mark.parametrize("trained", [[0], [1], [2], [0, 1], [0, 2]])
+def test_only_what_is_trained_gets_a_gradient(trained):
+    tensors, targets = head_inputs()
+    _, expected = fused(tensors, targets)
+    for index, tensor in enumerate(tensors):
+        tensor.requires_grad_(index in trained)
+    linear_nats(*tensors, targets).backward()
+    for index, tensor in enumerate(tensors):
+        assert (tensor.grad is not None) == (index in trained)
+        assert tensor.grad is None or torch.equal(tensor.grad, expected[index])
+
+
+def test_huge_logits_stay_finite():
+    tensors, targets = head_inputs(scale=1e3)
+    nats, gradients = fused(tensors, targets)
+    expected_nats, expected_gradients = dense(tensors, targets)
+    assert expected_nats > 1e6
+    assert float(nats) == pytest.approx(float(expected_nats), rel=1e-6)
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_in_bfloat16_only_the_products_are_rounded(chunk):
+    tensors, targets = head_inputs(dtype=torch.bfloat16)
+    nats, gradients = fused(tensors, targets)
+    logits = F.linear(*tensors).detach().double()
+    expected = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+    assert nats.dtype == torch.float32
+    assert float(nats) == pytest.approx(float(expected), rel=1e-6)
+    for gradient, expected in zip(gradients, dense(tensors, targets)[1], strict=True):
+        assert gradient.dtype == torch.bfloat16
+        # Eight bits of mantissa, in the logits, their gradient, the product and its scaling.
+        torch.testing.assert_close(gradient.double(), expected, rtol=2**-6, atol=2**-6)
+
+
+def test_the_gradient_of_a_16_bit_weight_is_summed_in_float32(monkeypatch):
+    """One row per chunk: 4,096 equal gradients of about -0.9; bfloat16's sum stops at 256."""
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 1)
+    rows = 4096
+    hidden = torch.ones(rows, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(V, 1, dtype=torch.bfloat16, requires_grad=True)
+    linear_nats(hidden, weight, None, torch.zeros(rows, dtype=torch.int64)).backward()
+    assert weight.grad[0].item() == pytest.approx(-rows * (1 - 1 / V), rel=2**-7)
+
+
+def test_autocast_multiplies_in_its_dtype():
+    tensors, targets = head_inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        nats, gradients = fused(tensors, targets)
+        logits = F.linear(*tensors).detach()
+    rounded = F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORED)
+    assert logits.dtype == torch.bfloat16
+    assert float(nats) == pytest.approx(float(rounded), rel=1e-6)
+    assert float(nats) != pytest.approx(float(dense(tensors, targets)[0]), rel=1e-6)
+    for gradient, expected in zip(gradients, dense(tensors, targets)[1], strict=True):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient.double(), expected, rtol=2**-6, atol=2**-6)
+
+
+def test_fused_without_targets(chunk):
+    tensors, targets = head_inputs()
+    nats, gradients = fused(tensors, torch.full_like(targets, IGNORED))
+    assert float(nats) == 0.0
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(tensor))
+
+
+def test_a_target_outside_of_the_vocabulary_is_refused():
+    tensors, targets = head_inputs()
+    for word in (V, -1):
+        targets[5] = word
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            linear_nats(*tensors, targets)
+
+
+def test_without_gradients_there_is_only_the_value(monkeypatch):
+    tensors, targets = head_inputs()
+    expected, _ = fused(tensors, targets)
+    monkeypatch.setattr(losses, "_slopes_", None)
+    with torch.no_grad():
+        nats = linear_nats(*tensors, targets)
+    assert torch.equal(nats, expected)
+    assert not nats.requires_grad
+
+
+def test_the_backward_pass_reads_no_weight():
+    tensors, targets = head_inputs()
+    _, expected = fused(tensors, targets)
+    nats = linear_nats(*tensors, targets)
+    with torch.no_grad():
+        for tensor in tensors:  # as sharded strategies free it
+            tensor.fill_(torch.nan)
+    gradients = torch.autograd.grad(nats, tensors)
+    assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
+
+
+def test_two_backward_passes_are_the_same():
+    tensors, targets = head_inputs()
+    nats = 3.0 * linear_nats(*tensors, targets)
+    first, second = (torch.autograd.grad(nats, tensors, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    _, expected = fused(tensors, targets)
+    torch.testing.assert_close(first, tuple(3.0 * gradient for gradient in expected))
+
+
+def test_a_second_derivative_is_refused():
+    tensors, targets = head_inputs()
+    with pytest.raises(RuntimeError, match=r"^linear_nats cannot be differentiated twice: leave"):
+        torch.autograd.grad(linear_nats(*tensors, targets), tensors, create_graph=True)
+
+
+def test_recomputing_changes_no_gradient():
+    tensors, targets = head_inputs()
+    _, expected = fused(tensors, targets)
+    nats = checkpoint(linear_nats, *tensors, targets, use_reentrant=False)
+    gradients = torch.autograd.grad(nats, tensors)
+    assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
+
+
+def test_torch_compile_takes_it_as_a_whole():
+    tensors, targets = head_inputs()
+
+    def twice(hidden, weight, bias, targets):
+        return linear_nats(2.0 * hidden, weight, bias, targets)
+
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    for used in (targets, targets.roll(1), targets.clamp(min=0)):  # also another number of targets
+        gradients = torch.autograd.grad(compiled(*tensors, used), tensors)
+        expected = torch.autograd.grad(twice(*tensors, used), tensors)
+        torch.testing.assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_whole_logits_are_never_made(monkeypatch, largest_allocation, gradient):
+    rows, words, chunk_rows = 301, 2003, 10
+    whole = rows * words * 4
+    monkeypatch.setattr(losses, "CHUNK_BYTES", chunk_rows * words * 4)
+    hidden = torch.randn(rows, H, requires_grad=gradient)
+    weight, targets = torch.randn(words, H), torch.arange(rows)
+
+    def run(nats):
+        return lambda: nats().backward() if gradient else nats()
+
+    plain = run(lambda: F.cross_entropy(F.linear(hidden, weight), targets, reduction="sum"))
+    chunked = run(lambda: linear_nats(hidden, weight, None, targets))
+    assert largest_allocation(plain) >= whole
+    assert largest_allocation(chunked) <= 2 * whole * chunk_rows / rows

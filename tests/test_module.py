@@ -369,6 +369,7 @@ def test_a_checkpoint_holds_the_trainable_state_in_plain_values(saved):
         "dtype": "float32",
         "attention": None,
         "pretrained": True,
+        "quantization": None,
     }
 
 

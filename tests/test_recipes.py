@@ -25,7 +25,7 @@ FRAGMENTS = [name for name in packaged_names() if name.startswith("configs/")]
 def test_all_of_them_are_found():
     root = packaged_root()
     on_disk = [*(root / "recipes").rglob("*.yaml"), *(root / "configs").rglob("*.yaml")]
-    assert len(on_disk) == len(packaged_names()) == 14
+    assert len(on_disk) == len(packaged_names()) == 16
     assert len(RECIPES) == 9
 
 

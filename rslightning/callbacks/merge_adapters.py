@@ -209,7 +209,7 @@ def _announce(report: MergeReport, folder: Path) -> None:
     difference = report.largest_logit_difference
     logits = "" if difference is None else f"; largest logit difference {difference:.2g}"
     rank_zero_info(
-        f"merged {len(report.layers)} layers in {report.dtype}: rounding lost at most "
+        f"merged {len(report.layers)} layers in {report.where}: rounding lost at most "
         f"{report.worst} of a layer's update{logits}"
     )
     if report.warning:

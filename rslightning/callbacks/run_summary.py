@@ -17,8 +17,20 @@ from rslightning.callbacks.merge_adapters import (
     run_folder,
 )
 from rslightning.callbacks.scalars import optimizer_step, write_scalars
-from rslightning.cost import estimate_memory
+from rslightning.errors import UserError
+from rslightning.memory import estimate_memory
+from rslightning.model_shape import read_shape
+from rslightning.rslora.contraction import OPERATIONS_PER_ENTRY
 from rslightning.rslora.linear import LoRALinear, adapter_layers
+from rslightning.rslora.quantized import is_quantized
+from rslightning.training_step import (
+    Optimizer,
+    Sharding,
+    TrainingStep,
+    quantized_bytes,
+    read_optimizer,
+    read_sharding,
+)
 
 
 @final
@@ -46,14 +58,14 @@ class RunSummary(Callback):
         """Print what will be trained."""
         model = language_model(pl_module)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in model.parameters())
+        total = sum(p.numel() for p in model.parameters()) + _packed_away(model)
         lines = {
             "base": f"{model.config.name_or_path}, {total - _adapter_size(model):,} parameters",
             "train": f"{trainable:,} parameters ({trainable / total:.2%} of {total:,})",
             "adapters": _describe_adapters(model),
             "step": _describe_step(trainer),
             "optimizer": ", ".join(_describe_optimizer(o) for o in trainer.optimizers),
-            "memory": _describe_memory(trainer, pl_module, total - trainable, trainable),
+            "memory": _describe_memory(trainer, pl_module),
             "folder": str(run_folder(trainer)),
         }
         rank_zero_info("\n".join(f"  {name:<10} {text}" for name, text in lines.items() if text))
@@ -123,6 +135,12 @@ def _adapter_size(model: torch.nn.Module) -> int:
     return sum(layer.lora_a.numel() + layer.lora_b.numel() for _, layer in adapter_layers(model))
 
 
+def _packed_away(model: torch.nn.Module) -> int:
+    """Return how many entries 4-bit weights have beyond those of the tensors that hold them."""
+    layers: list[Any] = [layer for layer in model.modules() if is_quantized(layer)]
+    return sum(x.in_features * x.out_features - x.weight.numel() for x in layers)
+
+
 def _describe_adapters(model: torch.nn.Module) -> str:
     layers = [layer for _, layer in adapter_layers(model)]
     if not layers:
@@ -161,23 +179,50 @@ def _describe_optimizer(optimizer: Any) -> str:
     return f"{type(optimizer).__name__}, lr {optimizer.param_groups[0]['lr']:g}"
 
 
-def _describe_memory(
-    trainer: Trainer, module: LightningModule, frozen: int, trainable: int
-) -> str | None:
-    tokens = _micro_batch_tokens(trainer)
-    if not tokens:
+def _describe_memory(trainer: Trainer, module: LightningModule) -> str | None:
+    """Return the estimate of `rslightning plan` for what is trained here."""
+    if not _micro_batch_tokens(trainer):
         return None
     model = language_model(module)
-    wide = str(trainer.precision).startswith("32")
+    try:
+        shape = read_shape(model.config.to_dict())
+        return f"about {estimate_memory(shape, _training_step(trainer, module, model))}"
+    except UserError as error:
+        return f"not estimated: {error}"
+
+
+def _training_step(trainer: Trainer, module: LightningModule, model: Any) -> TrainingStep:
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    layers = dict(adapter_layers(model))
     dtype: torch.dtype = model.dtype
-    estimate = estimate_memory(
-        model.config.to_dict(),
-        frozen,
-        trainable,
-        tokens,
-        adapter_ranks=sum(layer.rank for _, layer in adapter_layers(model)),
-        frozen_bytes=dtype.itemsize,
-        activation_bytes=dtype.itemsize if wide else 2,
+    mixed = "16" in str(trainer.precision)
+    compute_bytes = 2 if mixed else dtype.itemsize
+    device = trainer.strategy.root_device.type
+    return TrainingStep(
+        rows=data.batch_size,
+        length=data.max_length,
+        ranks={path: layer.rank for path, layer in layers.items()} or None,
+        base_bytes=dtype.itemsize,
+        map_bytes=quantized_bytes(getattr(module, "quantization", None)),
+        adapter_bytes=next((x.lora_a.element_size() for x in layers.values()), 4),
+        compute_bytes=compute_bytes,
+        optimizer=_optimizer(trainer.optimizers[0]),
         activation_checkpointing=getattr(module, "activation_checkpointing", False),
+        dropout=any(isinstance(layer.dropout, torch.nn.Dropout) for layer in layers.values()),
+        eager_attention=getattr(module, "attention", None) == "eager",
+        sharding=_sharding(trainer),
+        on_cpu=device == "cpu",
+        operations_per_entry=OPERATIONS_PER_ENTRY.get((device, compute_bytes), 0.0),
     )
-    return f"about {estimate}"
+
+
+def _optimizer(optimizer: Any) -> Optimizer:
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    options = optimizer.param_groups[0]
+    return read_optimizer(type(optimizer).__name__, options)
+
+
+def _sharding(trainer: Trainer) -> Sharding:
+    strategy: Any = trainer.strategy
+    options = (getattr(strategy, "config", None) or {}).get("zero_optimization", {})
+    return read_sharding(type(strategy).__name__, options, trainer.world_size)

@@ -13,7 +13,7 @@ from typing_extensions import final
 
 from rslightning.callbacks.scalars import optimizer_step, write_scalars
 from rslightning.callbacks.training_clock import TrainingClock
-from rslightning.cost import GIB, LinearMap, attention_width, training_flops
+from rslightning.cost import GIB, LayerShape, LinearMap, attention_width, training_flops
 from rslightning.errors import UserError
 from rslightning.rslora.linear import LoRALinear, is_linear, linear_features
 
@@ -78,7 +78,7 @@ class TokenThroughputMonitor(Callback):
         """Look at the model; forget the fit before."""
         device = trainer.strategy.root_device
         self._clock = TrainingClock(device)
-        self._maps: list[LinearMap] = []
+        self._maps: list[LinearMap | LayerShape] = []
         if reason := uncountable(pl_module):
             rank_zero_info(f"throughput: no TFLOP/s are logged, since {reason}.")
         else:
@@ -88,7 +88,7 @@ class TokenThroughputMonitor(Callback):
         self._has_tokens: bool | None = None  # until the first batch
         self._has_labels = False
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)  # see `count_tokens`
-        self._readings = self._tokens = self._steps = 0
+        self._readings = self._tokens = self._steps = self._micro_batches = 0
         self._seconds = self._waited = 0.0
 
     def on_train_batch_start(
@@ -132,6 +132,7 @@ class TokenThroughputMonitor(Callback):
                     "throughput: batches have no `input_ids`; only times and memory are logged."
                 )
         if counts is not None:
+            self._micro_batches += 1
             self._counts += counts.to(self._counts.device)
 
     def _end_step(self, trainer: Trainer) -> None:
@@ -156,7 +157,11 @@ class TokenThroughputMonitor(Callback):
         if elapsed <= 0 or (self._has_tokens and not total):
             return  # nothing to divide (by): the interval goes on
         flops = training_flops(
-            self._maps, total, round(sum(squares) * share), self._attention_width
+            self._maps,
+            total,
+            round(sum(squares) * share),
+            self._attention_width,
+            round(self._micro_batches * trainer.world_size * share),
         )
         values = {
             "step_seconds": elapsed / self._steps,
@@ -194,6 +199,7 @@ class TokenThroughputMonitor(Callback):
         )
         self._readings += 1
         self._seconds, self._waited, self._steps = seconds, waited, 0
+        self._micro_batches = 0
         self._counts.zero_()
 
 
@@ -222,28 +228,28 @@ def count_tokens(batch: Any) -> Tensor | None:
     return torch.stack([is_token.sum(), targets, squares]).long()
 
 
-def linear_maps(model: nn.Module) -> Iterator[LinearMap]:
-    """Yield what multiplies each token in `model`: linear maps, A's and B's, ours and PEFT's.
+def linear_maps(model: nn.Module) -> Iterator[LinearMap | LayerShape]:
+    """Yield what multiplies each token in `model`: linear maps, and adapted layers as a whole.
 
     Modules are taken to run in their order: a map has a gradient into its input if one before it is
-    trained. The maps of one adapted layer share their input.
+    trained. PEFT multiplies its A and B as maps of their own, in the usual order.
     """
     is_trained, seen = False, set[nn.Module]()
     for module in model.modules():
         if isinstance(module, LoRALinear):
-            yield from _adapted_maps(module, is_trained)
+            yield _adapted_map(module, is_trained)
             seen.add(module.base)
         elif is_linear(module) and module not in seen:
             yield _linear_map(module, is_trained)
         is_trained = is_trained or any(p.requires_grad for p in module.parameters(recurse=False))
 
 
-def _adapted_maps(layer: LoRALinear, input_gradient: bool) -> Iterator[LinearMap]:
-    yield _linear_map(layer.base, input_gradient)
-    a_trained, b_trained = layer.lora_a.requires_grad, layer.lora_b.requires_grad
-    if not layer.merged:
-        yield LinearMap(layer.in_features, layer.rank, a_trained, input_gradient)
-        yield LinearMap(layer.rank, layer.out_features, b_trained, input_gradient or a_trained)
+def _adapted_map(layer: LoRALinear, input_gradient: bool) -> LinearMap | LayerShape:
+    if layer.merged:
+        return _linear_map(layer.base, input_gradient)
+    trained = layer.lora_a.requires_grad or layer.lora_b.requires_grad
+    sizes = layer.in_features, layer.out_features, layer.rank
+    return LayerShape(*sizes, 0, input_gradient, adapter_gradient=trained)
 
 
 def _linear_map(module: Any, input_gradient: bool) -> LinearMap:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from rslightning.errors import UserError
 from rslightning.rslora.inject import refuse_adapted, wrap_linears
-from rslightning.rslora.linear import adapter_layers, is_conv1d, linear_features
+from rslightning.rslora.linear import adapter_layers, linear_features
+from rslightning.rslora.quantized import QuantizedBase, describe_quantization, is_stored_transposed
 from rslightning.rslora.spec import ResolvedAdapter
 
 
@@ -35,11 +36,13 @@ class Adapter:
         layers: Path of each adapted module in the base model -> its matrices.
         base_model: Name or folder of the base model, where known.
         dropout: Dropout on the adapters' input in training.
+        quantized: How the base was quantized in training; None where it was not.
     """
 
     layers: dict[str, LayerAdapter]
     base_model: str | None = None
     dropout: float = 0.0
+    quantized: QuantizedBase | None = None
 
 
 def collect_adapter(model: nn.Module, base_model: str | None = None) -> Adapter:
@@ -50,14 +53,17 @@ def collect_adapter(model: nn.Module, base_model: str | None = None) -> Adapter:
     """
     layers = {
         path: LayerAdapter(
-            layer.lora_a.detach(), layer.lora_b.detach(), layer.adapter, is_conv1d(layer.base)
+            layer.lora_a.detach(),
+            layer.lora_b.detach(),
+            layer.adapter,
+            is_stored_transposed(layer.base),
         )
         for path, layer in adapter_layers(model)
     }
     if not layers:
         raise UserError("The model has no adapters.")
     dropout = next(layer.dropout for _, layer in adapter_layers(model))
-    return Adapter(layers, base_model, getattr(dropout, "p", 0.0))
+    return Adapter(layers, base_model, getattr(dropout, "p", 0.0), describe_quantization(model))
 
 
 @torch.no_grad()

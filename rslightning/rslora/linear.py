@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rslightning.rslora.contraction import add_adapter
+from rslightning.rslora.contraction import adapted_linear
 from rslightning.rslora.scaling import rank_corrected_gain
 from rslightning.rslora.spec import Init, ResolvedAdapter
 
@@ -31,6 +31,8 @@ class LoRALinear(nn.Module):
 
     The adapter's parameters are `lora_a` [rank, in] and `lora_b` [out, rank], float32 by default
     whatever the base is stored in; they are cast to the activation's dtype where they are used.
+    `rslora/contraction.py` computes the sum in the cheapest order; with dropout, or where the
+    base's weight is not at hand, the base is called, and what the adapter adds is computed alone.
 
     Shape:
         x [..., in] -> y [..., out].
@@ -62,6 +64,7 @@ class LoRALinear(nn.Module):
         self.lora_b = nn.Parameter(
             torch.zeros(self.out_features, self.rank, dtype=dtype, device=device)
         )
+        self.merges_in_16_bit = False  # until `allow_merged_orders` has measured what that loses
         self.unmerged_weight: Tensor | None = None
 
     @property
@@ -81,10 +84,38 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `W x + b + gamma_r B A x`, in the dtype that the base returns."""
-        y: Tensor = self.base(x)
         if self.merged:
+            y: Tensor = self.base(x)
             return y
-        return add_adapter(y, self.dropout(x), self.lora_a, self.lora_b, self.gamma)
+        adapter = self.lora_a, self.lora_b, self.gamma
+        drops = self.training and isinstance(self.dropout, nn.Dropout)
+        if drops or not self.has_whole_weight():
+            return adapted_linear(self.dropout(x), None, self.base(x), *adapter)
+        merges = self.merges_in_16_bit
+        return adapted_linear(x, self.oriented_weight, self.bias, *adapter, merges)
+
+    @property
+    def oriented_weight(self) -> Tensor:
+        """W [out, in], whichever way the base keeps it."""
+        return self.weight.T if is_conv1d(self.base) else self.weight
+
+    def has_whole_weight(self) -> bool:
+        """Tell whether W can be multiplied here as it is, without calling the base.
+
+        Not where it is packed (4 and 8 bit), where hooks of the base, or a `forward` put in the
+        place of its own, gather it or change what it does, where ZeRO-3 keeps a part of it only, or
+        where it is trained.
+        """
+        base = self.base
+        forward_hooks = base._forward_hooks, base._forward_pre_hooks
+        backward_hooks = base._backward_hooks, base._backward_pre_hooks
+        return (
+            (type(base) is nn.Linear or is_conv1d(base))
+            and "forward" not in base.__dict__
+            and not any(forward_hooks + backward_hooks)
+            and not self.weight.requires_grad
+            and not hasattr(self.weight, "ds_id")
+        )
 
     @torch.no_grad()
     def reset_adapter(self, name: str, init: Init = "kaiming_uniform") -> None:

@@ -1,13 +1,16 @@
 """Merge an adapter into a model folder on disk, shard by shard: W' = W + gamma_r B A.
 
+Where the adapter was trained on a base in 4 or 8 bit, W' = Q(W) + gamma_r B A, with Q(W) what
+quantizing and dequantizing leaves of W (`rslora/quantized.py`): that is the model that was trained.
+
 Only one shard is in memory at a time, so that a 70B model merges on a laptop. The product is formed
 in float32 and rounded once.
 """
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,28 +20,14 @@ from torch import Tensor
 from rslightning.errors import RunError, UserError
 from rslightning.model_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, ModelFolder, unique_key
 from rslightning.rslora.adapters import Adapter, LayerAdapter
-from rslightning.rslora.merge import adapter_delta, add_delta, lost_share
+from rslightning.rslora.merge import LayerMerge, dtype_name, merge_weight
+from rslightning.rslora.quantized import seen_weight
 from rslightning.storage import open_tensors, save_tensors
 
 REPORT_FILE: Final = "merge_report.json"
 
 LOST_SHARE_WARNING: Final = 0.2
 """Above this share of an update lost to rounding, a merge is warned about."""
-
-
-@dataclass(frozen=True)
-class LayerMerge:
-    """How one layer's update compares with its weight, and what its rounding cost.
-
-    Attributes:
-        weight_norm: ||W||.
-        update_norm: ||dW|| with dW = gamma_r B A.
-        lost_share: ||W_merged - (W + dW)|| / ||dW||.
-    """
-
-    weight_norm: float
-    update_norm: float
-    lost_share: float
 
 
 @dataclass
@@ -50,11 +39,13 @@ class MergeReport:
         layers: Path of each adapted module -> its numbers.
         largest_logit_difference: Largest difference of a logit before and after on a real batch;
             None where no batch was at hand.
+        dequantized_from: `nf4`, `fp4` or `int8` where the base was quantized in training.
     """
 
     dtype: str
     layers: dict[str, LayerMerge] = field(default_factory=dict)
     largest_logit_difference: float | None = None
+    dequantized_from: str | None = None
 
     @property
     def largest_lost_share(self) -> float:
@@ -66,6 +57,12 @@ class MergeReport:
         """The largest `lost_share` in words: percent, or how many times the update itself."""
         share = self.largest_lost_share
         return f"{share:.2g} times it" if share > 1 else f"{share:.1%}"
+
+    @property
+    def where(self) -> str:
+        """Dtype of the merged weights, and what they were merged into where that is another."""
+        source = self.dequantized_from
+        return self.dtype + (f", onto the base dequantized from {source}" if source else "")
 
     @property
     def warning(self) -> str | None:
@@ -107,11 +104,14 @@ def merge_folder(
         progress: Called with each shard's file name before it is merged.
 
     Raises:
-        UserError: If a module of the adapter is not in `base` or has another shape there.
+        UserError: If a module of the adapter is not in `base` or has another shape there, or `base`
+            holds no plain weights, or a quantized base needs bitsandbytes, which is missing.
         RunError: If a merged weight is not finite.
     """
     keys = match_weights(base, adapter)
-    report = MergeReport(dtype_name(dtype) if dtype else _stored_dtype(base))
+    scheme = adapter.quantized.scheme if adapter.quantized else None
+    stored_dtype = dtype_name(dtype) if dtype else _stored_dtype(base)
+    report = MergeReport(stored_dtype, dequantized_from=scheme)
     weight_map: dict[str, str] = {}
     total_size = 0
     for file, names in base.shards.items():
@@ -121,12 +121,14 @@ def merge_folder(
             for name in names:
                 weight = tensors.get_tensor(name)
                 target = dtype if dtype and weight.is_floating_point() else weight.dtype
-                if path := keys.get(name):
+                path = keys.get(name)
+                seen = _as_trained(path, weight, adapter)
+                if path in adapter.layers:
                     shard[name], report.layers[path] = _merge(
-                        path, weight, adapter.layers[path], target
+                        path, weight, seen, adapter.layers[path], target
                     )
                 else:
-                    shard[name] = cast_weight(name, weight, target)
+                    shard[name] = cast_weight(name, seen, target)
         save_tensors(shard, output / file)
         weight_map |= dict.fromkeys(names, file)
         total_size += sum(t.numel() * t.element_size() for t in shard.values())
@@ -138,20 +140,21 @@ def merge_folder(
     return report
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return `bfloat16` for `torch.bfloat16`."""
-    return str(dtype).removeprefix("torch.")
-
-
 def match_weights(base: ModelFolder, adapter: Adapter) -> dict[str, str]:
-    """Return tensor name in the checkpoint -> module path of the adapter.
+    """Return tensor name in the checkpoint -> path of the module, adapted or quantized.
 
     Raises:
         UserError: If a module of the adapter is not in `base`, or the weights of `base` are missing
-            or damaged.
+            or damaged, or stored quantized.
     """
+    if "quantization_config" in base.config:
+        raise UserError(
+            f"{base.path} is stored quantized, and holds no plain weights to merge into; name the "
+            "model that it was made from (--base-model, merge_adapters.base_model)."
+        )
+    quantized: Iterable[str] = adapter.quantized.modules if adapter.quantized else ()
     keys = {}
-    for path in adapter.layers:
+    for path in {**adapter.layers, **dict.fromkeys(quantized)}:
         key = unique_key(base.tensor_names, f"{path}.weight")
         if key is None:
             raise UserError(
@@ -162,20 +165,35 @@ def match_weights(base: ModelFolder, adapter: Adapter) -> dict[str, str]:
     return keys
 
 
+def _as_trained(path: str | None, stored: Tensor, adapter: Adapter) -> Tensor:
+    """Return what the model in training computed with in the place of a stored weight."""
+    base = adapter.quantized
+    if path is None or base is None or path not in base.modules:
+        return stored
+    # On the device of the training, whose kernels round as they did then.
+    device = next(iter(adapter.layers.values())).lora_a.device
+    return seen_weight(stored.to(device), base, base.modules[path]).to(stored.device)
+
+
 def _merge(
-    path: str, weight: Tensor, layer: LayerAdapter, dtype: torch.dtype
+    path: str, stored: Tensor, weight: Tensor, layer: LayerAdapter, dtype: torch.dtype
 ) -> tuple[Tensor, LayerMerge]:
-    delta = adapter_delta(layer.lora_a, layer.lora_b, layer.numbers.gamma)
-    delta = _oriented(path, delta, tuple(weight.shape), layer.transposed)
+    turned = _is_turned(path, tuple(weight.shape), layer)
+    parts = (weight, layer.lora_a, layer.lora_b, layer.numbers.gamma, dtype)
     try:
-        merged = add_delta(weight, delta, dtype)
+        merged, numbers = merge_weight(*parts, transposed=turned)
     except RunError as error:
         raise RunError(f"{path}: {error}") from None
-    return merged, LayerMerge(
-        weight_norm=float(weight.double().norm()),
-        update_norm=float(delta.double().norm()),
-        lost_share=lost_share(weight, delta, merged),
-    )
+    if weight is stored:
+        return merged, numbers
+    return merged, replace(numbers, quantization_error=_relative_distance(weight, stored))
+
+
+def _relative_distance(seen: Tensor, stored: Tensor) -> float:
+    """Return ||seen - stored|| / ||stored|| in float64, 0 for a weight of zero."""
+    exact = stored.double()
+    norm = exact.norm()
+    return float((seen.double() - exact).norm() / norm) if norm > 0 else 0.0
 
 
 def cast_weight(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -190,13 +208,13 @@ def cast_weight(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _oriented(path: str, delta: Tensor, shape: tuple[int, ...], transposed: bool) -> Tensor:
-    """Return `delta` [out, in] as the base keeps the weight; only square ones need to be told."""
-    straight, turned = tuple(delta.shape), tuple(delta.T.shape)
-    if shape == turned and (transposed or shape != straight):
-        return delta.T
+def _is_turned(path: str, shape: tuple[int, ...], layer: LayerAdapter) -> bool:
+    """Tell whether the base keeps a weight as [in, out]; only square ones need to be told."""
+    straight = (layer.lora_b.shape[0], layer.lora_a.shape[1])
+    if shape == straight[::-1] and (layer.transposed or shape != straight):
+        return True
     if shape == straight:
-        return delta
+        return False
     raise UserError(
         f"The adapter's update of {path} has shape {list(straight)}, the base's weight "
         f"{list(shape)}: it was trained on another base model."

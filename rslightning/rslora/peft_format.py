@@ -10,19 +10,25 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from torch import Tensor
 
 from rslightning.errors import UserError
+from rslightning.model_folder import read_json
 from rslightning.rslora.adapters import Adapter, LayerAdapter
+from rslightning.rslora.quantized import QuantizedBase
 from rslightning.rslora.scaling import Scaling, check_alpha, check_rank, equivalent_alpha
 from rslightning.rslora.spec import ResolvedAdapter, pattern_matches
 from rslightning.storage import new_folder, open_tensors, save_tensors
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
+
+QUANTIZATION_FILE: Final = "quantization.json"
+"""Ours alone: how the base was quantized in training, which PEFT's configuration does not say."""
 
 TENSOR_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.(?P<matrix>lora_[AB])\.weight")
 
@@ -74,6 +80,9 @@ def write_adapter(
         save_tensors(tensors, aside / WEIGHTS_FILE)
         text = json.dumps(config, indent=2, sort_keys=True)
         (aside / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        if adapter.quantized:
+            text = json.dumps(asdict(adapter.quantized), indent=2)
+            (aside / QUANTIZATION_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def adapter_config(adapter: Adapter, fold_scaling: bool = False) -> dict[str, Any]:
@@ -132,6 +141,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         {path: _layer(folder, path, pair, config) for path, pair in sorted(matrices.items())},
         config.get("base_model_name_or_path"),
         config.get("lora_dropout", 0.0),
+        _read_quantization(folder / QUANTIZATION_FILE),
     )
 
 
@@ -171,6 +181,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = {}
     check_plain_lora(config, str(path))
     return config
+
+
+def _read_quantization(path: Path) -> QuantizedBase | None:
+    if not path.exists():
+        return None
+    try:
+        return QuantizedBase(**read_json(path))
+    except TypeError:
+        raise UserError(f"{path} does not say how a base was quantized: it is damaged.") from None
 
 
 def _layer(

@@ -14,8 +14,9 @@ from torch import nn
 from rslightning.errors import UserError
 from rslightning.rslora.adapters import Adapter, LayerAdapter
 from rslightning.rslora.inject import refuse_tied
-from rslightning.rslora.linear import is_conv1d, is_linear, linear_features
+from rslightning.rslora.linear import is_linear, linear_features
 from rslightning.rslora.peft_format import check_plain_lora
+from rslightning.rslora.quantized import describe_quantization, is_stored_transposed
 from rslightning.rslora.scaling import Scaling, check_alpha, equivalent_alpha, scaling_factor
 from rslightning.rslora.spec import ResolvedAdapter
 
@@ -60,6 +61,7 @@ def collect_peft_adapter(model: nn.Module, base_model: str | None = None) -> Ada
         {path: _layer_adapter(path, layer, name, scaling) for path, layer in layers.items()},
         base_model,
         getattr(dropout, "p", 0.0),
+        describe_quantization(model),
     )
 
 
@@ -149,5 +151,5 @@ def _layer_adapter(path: str, layer: Any, name: str, scaling: Scaling) -> LayerA
         lora_a.weight.detach(),
         lora_b.weight.detach(),
         ResolvedAdapter(rank, alpha, scaling),
-        is_conv1d(layer.base_layer),
+        is_stored_transposed(layer.base_layer),
     )

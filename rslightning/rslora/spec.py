@@ -26,7 +26,8 @@ class AdapterSpec:
     """Rank, scaling and place of the adapters.
 
     Args:
-        rank: r; from 4 to 2048 in the paper.
+        rank: r; from 4 to 2048 in the paper. `auto` is for recipes: the command replaces it by the
+            highest rank that fits the memory, before there is a spec.
         alpha: Numerator of the scaling factor gamma_r.
         scaling: How gamma_r depends on the rank; see `rslightning.rslora.scaling`.
         targets: `all_linear` (every linear map of attention and MLP, never the output head or an
@@ -43,7 +44,7 @@ class AdapterSpec:
         UserError: If a value is out of its range; the message names the field and the value.
     """
 
-    rank: int = 8
+    rank: int | Literal["auto"] = 8
     alpha: float = 16.0
     scaling: Scaling = "rslora"
     targets: str | list[str] = "all_linear"
@@ -53,7 +54,7 @@ class AdapterSpec:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
+        self._check_rank()
         check_alpha(self.alpha)
         check_scaling(self.scaling)
         for key, rank in self.rank_pattern.items():
@@ -67,6 +68,13 @@ class AdapterSpec:
         if not self.targets:
             raise UserError("targets is empty; use all_linear, attention, mlp or module names.")
         self._check_expressions()
+
+    def _check_rank(self) -> None:
+        if self.rank == "auto":
+            raise UserError(
+                "rank: auto is for the rslightning command, which resolves it; here give a number."
+            )
+        check_rank(self.rank)
 
     def _check_expressions(self) -> None:
         expressions = [*self.rank_pattern, *self.alpha_pattern]
@@ -84,6 +92,7 @@ class AdapterSpec:
         Raises:
             UserError: If two patterns match `path` and disagree.
         """
+        assert isinstance(self.rank, int)  # see `_check_rank`
         rank = _resolve(path, self.rank_pattern, self.rank, "rank_pattern")
         alpha = _resolve(path, self.alpha_pattern, self.alpha, "alpha_pattern")
         return ResolvedAdapter(rank, alpha, self.scaling)

@@ -100,6 +100,7 @@ def test_the_report_says_what_rounding_lost(make_trainer, make_module, make_data
             "weight_norm": pytest.approx(weight.norm().item(), rel=1e-6),
             "update_norm": pytest.approx(delta.norm().item(), rel=1e-6),
             "lost_share": pytest.approx(lost.item(), rel=1e-4),
+            "quantization_error": 0.0,
         }
         assert 1e-4 < numbers["lost_share"] < 0.2
     shares = [numbers["lost_share"] for numbers in report["layers"].values()]

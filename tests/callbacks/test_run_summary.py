@@ -5,6 +5,7 @@ import pytest
 
 from rslightning.callbacks import MergeAdapters, RunSummary, TrainableCheckpoint, run_summary
 from rslightning.rslora import AdapterSpec
+from rslightning.rslora.linear import adapter_layers
 
 
 @pytest.fixture
@@ -52,6 +53,28 @@ def test_full_fine_tuning_is_called_so(make_trainer, make_module, make_data, sai
     assert f"base       {module.base_model}, {total:,} parameters" in said()
     assert f"train      {total:,} parameters (100.00% of {total:,})" in said()
     assert "adapters   none (full fine-tuning)" in said()
+
+
+def test_packed_weights_are_counted_as_entries_and_as_bytes(
+    make_trainer, make_module, make_data, said, monkeypatch
+):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    plain = make_module()
+    plain.configure_model()
+    linear = sum(layer.base.weight.numel() for _, layer in adapter_layers(plain))
+    frozen = sum(p.numel() for p in plain.parameters() if not p.requires_grad)
+    found = []
+    original = run_summary.estimate_memory
+    monkeypatch.setattr(
+        run_summary, "estimate_memory", lambda *a, **k: found.append(original(*a, **k)) or found[-1]
+    )
+    for quantization in ({"load_in_4bit": True}, {"load_in_8bit": True}):
+        module = make_module(quantization=quantization)
+        fit(make_trainer, module, make_data(), limit_val_batches=0, max_steps=1)
+    assert said().count(f"base       {plain.base_model}, {frozen:,} parameters") == 2
+    others = 4 * (frozen - linear)
+    scales = 4 * linear // 64  # of blocks, of 4-bit entries alone
+    assert [x.frozen for x in found] == [others + linear // 2 + scales, others + linear]
 
 
 def test_the_end_counts_real_tokens_and_targets(

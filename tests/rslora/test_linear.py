@@ -6,8 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from rslightning.cost import ORDERS
+from rslightning.rslora import contraction
+from rslightning.rslora.contraction import choose_order
 from rslightning.rslora.inject import inject_adapters
 from rslightning.rslora.linear import LoRALinear, adapter_layers, is_linear, linear_features
+from rslightning.rslora.merge import merge_adapters, unmerge_adapters
 from rslightning.rslora.spec import AdapterSpec, ResolvedAdapter
 
 BATCH, TOKENS, IN, OUT, RANK = 2, 5, 7, 11, 3
@@ -92,12 +96,21 @@ def test_only_adapters_get_gradients():
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_identity_at_initialization(base, dtype):
+def test_identity_at_initialization(monkeypatch, base, dtype):
     layer = make_layer(base, dtype)
     layer.reset_adapter("name")
     x = torch.randn(BATCH, TOKENS, IN).to(dtype)
     assert layer.lora_a.abs().min() > 0
-    assert torch.equal(layer(x), layer.base(x))
+    exact = dense_forward(layer, x.double(), layer.lora_a.double(), layer.lora_b.double())
+    for order in (None, *ORDERS):
+        monkeypatch.setattr(
+            contraction, "choose_order", lambda *args, order=order: order or choose_order(*args)
+        )
+        if base == "conv1d":  # laid out anew, W is multiplied in another order
+            error = (layer(x).double() - exact).abs() / sum_of_magnitudes(layer, x)
+            assert error.max() < torch.finfo(dtype).eps
+        else:
+            assert torch.equal(layer(x), layer.base(x))
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -139,6 +152,24 @@ def test_dropout_falls_on_the_adapters_input_only():
     assert (dropped == 0).any()
     expected = layer.base(x) + GAMMA * dropped @ layer.lora_a.T @ layer.lora_b.T
     torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_gradients_through_dropout(base):
+    layer = make_layer(base, dropout=0.4)
+    x = torch.randn(BATCH, TOKENS, IN, requires_grad=True)
+    weights = torch.randn(BATCH, TOKENS, OUT)
+    torch.manual_seed(5)
+    (layer(x) * weights).sum().backward()
+    torch.manual_seed(5)
+    mask = F.dropout(torch.ones_like(x), 0.4).double()
+    assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.6])
+
+    exact = [t.detach().double().requires_grad_() for t in (x, layer.lora_a, layer.lora_b)]
+    y = exact[0] @ dense_weight(layer).T + GAMMA * (exact[0] * mask) @ exact[1].T @ exact[2].T
+    (y * weights.double()).sum().backward()
+    for ours, truth in zip((x, layer.lora_a, layer.lora_b), exact, strict=True):
+        torch.testing.assert_close(ours.grad.double(), truth.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_is_off_in_evaluation():
@@ -265,3 +296,118 @@ def test_autocast_with_a_bfloat16_base_and_float32_adapters(base):
         difference = (ours.grad.double() - reference.grad).norm() / reference.grad.norm()
         assert difference < 2 * torch.finfo(torch.bfloat16).eps
     assert layer.base.weight.grad is None
+
+
+# What a base does beyond `W x + b`
+
+
+def adapter_alone(layer, x):
+    return GAMMA * x @ layer.lora_a.T @ layer.lora_b.T
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_hooks_of_the_base_act(base):
+    layer = make_layer(base)
+    x = torch.randn(BATCH, TOKENS, IN)
+    plain = layer.base(x)
+    assert layer.has_whole_weight()
+    handle = layer.base.register_forward_hook(lambda module, inputs, y: 3 * y)
+    assert not layer.has_whole_weight()
+    torch.testing.assert_close(layer(x), 3 * plain + adapter_alone(layer, x))
+    handle.remove()
+    assert layer.has_whole_weight()
+    handle = layer.base.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    torch.testing.assert_close(layer(x), layer.base(x) + adapter_alone(layer, x))
+    assert not torch.allclose(layer.base(x), plain)
+    handle.remove()
+    torch.testing.assert_close(layer(x), plain + adapter_alone(layer, x))
+
+
+@pytest.mark.parametrize("hook", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_the_base_are_called(hook):
+    layer = make_layer()
+    x = torch.randn(BATCH, TOKENS, IN, requires_grad=True)
+    calls = []
+    getattr(layer.base, hook)(lambda module, *gradients: calls.append(gradients[-1][0]))
+    layer(x).sum().backward()
+    (gradient,) = calls
+    torch.testing.assert_close(gradient, torch.ones(BATCH, TOKENS, OUT))
+
+
+def test_a_forward_put_on_the_base_acts():
+    layer = make_layer()
+    x = torch.randn(BATCH, TOKENS, IN)
+    forward = layer.base.forward
+    layer.base.forward = lambda x: 3 * forward(x)
+    torch.testing.assert_close(layer(x), 3 * forward(x) + adapter_alone(layer, x))
+
+
+class Halved(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def test_a_subclass_of_linear_is_called():
+    layer = LoRALinear(Halved(IN, OUT).requires_grad_(False), ADAPTER)
+    nn.init.normal_(layer.lora_a)
+    nn.init.normal_(layer.lora_b)
+    x = torch.randn(BATCH, TOKENS, IN)
+    exact = F.linear(x, layer.weight, layer.bias) / 2 + adapter_alone(layer, x)
+    torch.testing.assert_close(layer(x), exact)
+
+
+@pytest.mark.parametrize("trained", ["weight", "bias", "weight and bias"])
+@pytest.mark.parametrize("base", ["linear", "conv1d"])
+def test_a_trained_base_gets_its_gradients(base, trained):
+    layer = make_layer(base)
+    names = trained.split(" and ")
+    for name in names:
+        getattr(layer.base, name).requires_grad_()
+    x = torch.randn(BATCH, TOKENS, IN)
+    weights = torch.randn(BATCH, TOKENS, OUT)
+    (layer(x) * weights).sum().backward()
+    gradient = torch.einsum("bto,bti->oi", weights, x)
+    exact = {"weight": gradient.T if base == "conv1d" else gradient, "bias": weights.sum((0, 1))}
+    for name, value in exact.items():
+        if name in names:
+            torch.testing.assert_close(getattr(layer.base, name).grad, value)
+        else:
+            assert getattr(layer.base, name).grad is None
+    down = x @ layer.lora_a.T
+    torch.testing.assert_close(
+        layer.lora_b.grad, GAMMA * torch.einsum("bto,btr->or", weights, down)
+    )
+
+
+@pytest.mark.parametrize("shape", [(BATCH * TOKENS, IN), (BATCH, TOKENS, IN), (IN,)])
+def test_the_output_may_be_changed_in_place(shape):
+    layer = make_layer()
+    x = torch.randn(shape)
+    output, seen = layer(x), []
+    output.register_hook(seen.append)
+    torch.relu_(output).square().sum().backward()
+    found = layer.lora_b.grad
+    y = layer.base(x) + adapter_alone(layer, x)
+    exact = torch.autograd.grad(torch.relu(y).square().sum(), (y, layer.lora_b))
+    torch.testing.assert_close((*seen, found), exact)  # hooks of before are kept
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_merged_layer_is_its_base(base):
+    layer = make_layer(base)
+    x = torch.randn(BATCH, TOKENS, IN)
+    before = layer(x)
+    merge_adapters(layer)
+    assert layer.merged
+    assert torch.equal(layer(x), layer.base(x))
+    torch.testing.assert_close(layer(x), before)
+    unmerge_adapters(layer)
+    assert torch.equal(layer(x), before)
+
+
+def test_shapes_of_a_layer_without_data():
+    layer = make_layer("linear").to("meta")
+    y = layer(torch.empty(BATCH, TOKENS, IN, device="meta"))
+    y.sum().backward()
+    assert y.shape == (BATCH, TOKENS, OUT)
+    assert layer.lora_a.grad.shape == (RANK, IN)

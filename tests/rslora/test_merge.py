@@ -140,7 +140,8 @@ def test_a_quantized_base_is_refused(tiny_llama):
     with pytest.raises(UserError) as error:
         merge_adapters(tiny_llama)
     assert str(error.value) == (
-        f"{path} is stored in int8; merge into the unquantized base model instead."
+        f"{path} is quantized, and has no weight to add to; write the merged model to a folder "
+        "instead (rslightning merge, MergeAdapters)."
     )
     assert_same_bits(tiny_llama, state)
 

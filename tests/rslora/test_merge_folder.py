@@ -237,7 +237,15 @@ def test_the_report_as_a_file(tmp_path):
     report.write(tmp_path)
     assert json.loads((tmp_path / REPORT_FILE).read_text()) == {
         "dtype": "bfloat16",
-        "layers": {"a": {"weight_norm": 2.0, "update_norm": 0.5, "lost_share": 0.25}},
+        "layers": {
+            "a": {
+                "weight_norm": 2.0,
+                "update_norm": 0.5,
+                "lost_share": 0.25,
+                "quantization_error": 0.0,
+            }
+        },
+        "dequantized_from": None,
         "largest_logit_difference": 0.125,
         "largest_lost_share": 0.25,
         "warning": report.warning,

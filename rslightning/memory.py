@@ -1,0 +1,211 @@
+"""The memory of a training step, by part, from the model's shape: standard library only.
+
+An estimate of the largest number of bytes in tensors at one time, for one process. What the
+libraries take beside them (a CUDA context is about half a GiB) and what the allocator leaves unused
+between them is not in it: leave a margin.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from rslightning.cost import CHUNK_BYTES, GIB, kept_entries
+from rslightning.model_shape import Block, ModelShape
+from rslightning.training_step import WIDE, TrainingStep
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one training process, by part.
+
+    Attributes:
+        frozen: Frozen weights.
+        trained: Trained weights: the adapters', or all of them.
+        gradients: Gradients of the trained weights.
+        optimizer: State of the optimizer.
+        activations: What the backward pass needs of the forward pass.
+        work: The larger of what the loss works on (logits of some positions) and what the backward
+            pass of one layer does, with the layer itself where it was recomputed.
+        exchange: Gathered weights and buckets, where several processes work together.
+        host: Of the host's memory, where the state is kept there; not in `total`.
+    """
+
+    frozen: int
+    trained: int
+    gradients: int
+    optimizer: int
+    activations: int
+    work: int
+    exchange: int = 0
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts but the host's."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """Return name -> bytes of all parts but the host's."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "host"}
+
+    def __str__(self) -> str:
+        listed = ", ".join(
+            f"{name} {size / GIB:.2f}" for name, size in self.parts().items() if size
+        )
+        return f"{self.total / GIB:.2f} GiB ({listed})"
+
+
+def estimate_memory(shape: ModelShape, step: TrainingStep) -> MemoryEstimate:
+    """Estimate the peak of the bytes that a training process holds, once it has made a step.
+
+    Lightning drops the gradients of a step only after the next forward pass, so that gradients,
+    the optimizer's state and the activations are there together.
+
+    Args:
+        shape: Sizes of the model.
+        step: What it is trained on and how.
+    """
+    sharding = step.sharding
+    wide_training = step.compute_bytes == WIDE or not sharding.masters
+    matrices = list(_trained_matrices(shape, step))
+    entries = sum(rows * columns for rows, columns in matrices)
+    entry_bytes = step.base_bytes if step.ranks is None else step.adapter_bytes
+    state = step.optimizer.state_bytes(matrices, entry_bytes)
+    if not wide_training:
+        state = step.optimizer.state_bytes(matrices, WIDE) + entries * WIDE
+        entry_bytes = step.compute_bytes
+    frozen = 0 if step.ranks is None else _base_bytes(shape, step)
+    weights = {
+        "frozen": sharding.share(frozen, sharding.weights),
+        "trained": sharding.share(entries * entry_bytes, sharding.weights),
+    }
+    state = sharding.share(state, sharding.optimizer)
+    host = state * sharding.optimizer_on_host + sum(weights.values()) * sharding.weights_on_host
+    return MemoryEstimate(
+        **(dict.fromkeys(weights, 0) if sharding.weights_on_host else weights),
+        gradients=sharding.share(entries * entry_bytes, sharding.gradients),
+        optimizer=0 if sharding.optimizer_on_host else state,
+        activations=_activation_bytes(shape, step),
+        work=max(_loss_bytes(shape, step), _layer_bytes(shape, step)),
+        exchange=_exchange_bytes(shape, step, entries * entry_bytes),
+        host=host,
+    )
+
+
+def _trained_matrices(shape: ModelShape, step: TrainingStep) -> Iterator[tuple[int, int]]:
+    """Yield rows and columns of everything that is trained."""
+    if step.ranks is None:
+        for linear in shape.maps[: -1 if shape.tied else None]:
+            yield linear.out_features, linear.in_features
+        yield shape.embedding // shape.hidden, shape.hidden
+        bare = shape.parameters - shape.embedding
+        bare -= sum(linear.entries for linear in shape.maps[: -1 if shape.tied else None])
+        yield bare, 1  # norms, biases and experts
+        return
+    for linear in filter(step.is_trained, shape.maps):
+        rank = step.ranks[linear.path]
+        yield rank, linear.in_features
+        yield linear.out_features, rank
+
+
+def _base_bytes(shape: ModelShape, step: TrainingStep) -> int:
+    if step.map_bytes is None:
+        return shape.parameters * step.base_bytes
+    maps = sum(linear.entries for block in shape.blocks for linear in block.maps)
+    return round(maps * step.map_bytes) + (shape.parameters - maps) * step.base_bytes
+
+
+def _activation_bytes(shape: ModelShape, step: TrainingStep) -> int:
+    """Return what waits for the backward pass; with checkpointing the inputs of the layers."""
+    mask = step.rows * step.length**2
+    hidden = step.tokens * shape.hidden
+    if step.activation_checkpointing:
+        return len(shape.blocks) * hidden * step.base_bytes + mask
+    last_norm = hidden * WIDE
+    return sum(_kept_bytes(shape, block, step) for block in shape.blocks) + last_norm + mask
+
+
+def _layer_bytes(shape: ModelShape, step: TrainingStep) -> int:
+    """Return what the backward pass of one layer works on."""
+    inner = max(block.inner for block in shape.blocks)
+    largest = max(linear.entries for block in shape.blocks for linear in block.maps)  # W + BA, or G
+    work = (2 * step.tokens * inner + largest) * step.compute_bytes
+    if not step.activation_checkpointing:
+        return work
+    whole = max(_kept_bytes(shape, block, step) for block in shape.blocks)
+    shared = step.tokens * shape.hidden * WIDE if step.base_bytes == WIDE else 0
+    return work + whole - shared  # in float32 its first norm keeps the layer's input
+
+
+def _kept_bytes(shape: ModelShape, block: Block, step: TrainingStep) -> int:
+    """Return what the backward pass needs of the forward pass of a layer.
+
+    Norms compute in float32; queries, keys, values (repeated for the groups that share them) and
+    the attention's output; what the gate and its product are made of; inputs of what is trained,
+    and a copy of W where it is stored in another dtype than it is multiplied in and has no adapter.
+    """
+    width = step.compute_bytes
+    entries = 4 * shape.attention + block.inner * (3 if shape.gated else 4)
+    entries += block.experts_per_token * shape.hidden
+    wide_entries = shape.norms * shape.hidden
+    if shape.head_norms:
+        wide_entries += shape.attention + shape.key_width
+    per_token = width * (entries + _kept_inputs(block, step)) + WIDE * wide_entries
+    if step.ranks is None:
+        per_token += step.base_bytes * shape.norms * shape.hidden
+    if step.dropout:
+        mask_bytes = width if step.on_cpu else 1
+        per_token += mask_bytes * sum(x.in_features for x in block.maps if step.is_trained(x))
+    if scores := max(shape.kept_scores, int(step.eager_attention)):
+        softmax = WIDE if width == WIDE else WIDE + width  # in float32, and what it is cast to
+        per_token += shape.heads * step.length * (softmax + width * (scores - 1))
+    plain = [linear for linear in block.maps if step.ranks is None or not step.is_trained(linear)]
+    copies = sum(linear.entries for linear in plain) * width if step.casts_weights else 0
+    return step.tokens * per_token + copies + _kept_by_adapters(block, step)
+
+
+def _kept_inputs(block: Block, step: TrainingStep) -> int:
+    """Return the entries per token of the inputs of what is trained; the attention keeps its own.
+
+    Maps that read the same share it, unless each makes a copy of its own.
+    """
+    trained = [linear for linear in block.maps if step.is_trained(linear)]
+    if step.dropout:
+        return sum(linear.in_features for linear in trained)
+    inputs = [(linear.reads, linear.in_features) for linear in trained if linear.reads != "heads"]
+    return sum(size for _, size in (inputs if step.casts_weights else set(inputs)))
+
+
+def _kept_by_adapters(block: Block, step: TrainingStep) -> int:
+    if step.ranks is None:
+        return 0
+    layers = [step.layer(linear) for linear in block.maps if step.is_trained(linear)]
+    entries = sum(kept_entries(layer, step.order(layer)) for layer in layers)
+    return entries * step.compute_bytes
+
+
+def _loss_bytes(shape: ModelShape, step: TrainingStep) -> int:
+    """Return the logits of a chunk with their softmax, and the gradients by the head's input and W.
+
+    Where logits are more than the product of the head, they exist for all positions at a time.
+    """
+    logits = step.tokens * shape.vocabulary * WIDE
+    gradients = step.tokens * shape.hidden * step.base_bytes
+    if shape.whole_logits:
+        return logits * 3 + gradients
+    copies = 2.0 if step.compute_bytes == WIDE else 1.5 + step.on_cpu  # which widens them aside
+    if logits > CHUNK_BYTES:  # those of the chunk before, and their slopes in 16 bit
+        copies += 1.0 if step.compute_bytes == WIDE else 1.5
+    if step.ranks is None:
+        gradients += shape.head.entries * WIDE
+    return round(min(logits, CHUNK_BYTES) * copies) + gradients
+
+
+def _exchange_bytes(shape: ModelShape, step: TrainingStep, gradients: int) -> int:
+    sharding = step.sharding
+    if sharding.processes == 1:
+        return 0
+    exchange = gradients if sharding.buckets else 0
+    if sharding.weights:
+        layer = max(block.parameters for block in shape.blocks) * step.base_bytes
+        exchange += max(2 * layer, shape.embedding * step.base_bytes)
+    return exchange

@@ -1,0 +1,135 @@
+"""A plan as text: a table of ranks, the highest that fits, and what would raise it."""
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any, Final
+
+from rslightning.cost import GIB
+from rslightning.memory import MemoryEstimate, estimate_memory
+from rslightning.plan import MARGIN, Plan
+from rslightning.training_step import Optimizer, Sharding, quantized_bytes, step_operations
+
+NF4: Final = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}
+
+WIDTHS: Final = {part.name: max(8, len(part.name) + 2) for part in fields(MemoryEstimate)}
+"""Name of a part -> width of its column."""
+
+
+def describe_plan(plan: Plan, memory: int) -> Iterator[str]:
+    """Yield the lines of a plan.
+
+    Args:
+        plan: What is trained.
+        memory: Bytes of one device.
+    """
+    budget = memory * (1 - MARGIN)
+    yield from _describe_recipe(plan)
+    yield "Estimated peak of one device in GiB, and operations of a step as multiples of rank 4's:"
+    parts = [f"{name:>{WIDTHS[name]}}" for name in estimate_memory(plan.shape, plan.step).parts()]
+    yield f"{'rank':>8}{''.join(parts)}{'peak':>8}{'ops':>12}"
+    room = f"{_gib(budget)} ({_gib(memory)}, of which {MARGIN:.0%} are left free)"
+    if not plan.adapted:
+        estimate = estimate_memory(plan.shape, plan.step)
+        yield _row("full", estimate, 1.0, budget)
+        yield f"It {'fits' if estimate.total <= budget else 'does not fit'} {room}."
+        return
+    yield from _rank_rows(plan, budget)
+    best = plan.highest_rank(budget)
+    if best is None:
+        yield f"No rank fits {room}."
+    else:
+        peak = _gib(plan.memory(best).total)
+        yield f"Highest rank that fits {room}: {best} ({peak})."
+    yield from _describe_switches(plan, budget, best or 0)
+
+
+def _describe_recipe(plan: Plan) -> Iterator[str]:
+    step = plan.step
+    what = f"adapters on {len(plan.adapted)} linear maps" if plan.adapted else "full fine-tuning"
+    yield f"{plan.base_model}: {plan.shape.parameters:,} parameters, {what}"
+    yield (
+        f"{step.rows} rows x {step.length} tokens x {plan.accumulation} micro-batches x "
+        f"{step.sharding.processes} devices, {step.optimizer.name}, activation checkpointing "
+        f"{'on' if step.activation_checkpointing else 'off'}"
+    )
+    if not step.optimizer.is_known:
+        yield f"The state of {step.optimizer.name} is a guess: two numbers for each entry."
+
+
+def _rank_rows(plan: Plan, budget: float) -> Iterator[str]:
+    """Yield a line for each rank, the recipe's own marked, and the host's memory if it is used."""
+    first = step_operations(plan.shape, plan.at(plan.candidates[0]))
+    for rank in sorted({*plan.candidates, *([plan.rank] if plan.rank else [])}):
+        mark = "> " if rank == plan.rank else ""
+        cost = step_operations(plan.shape, plan.at(rank)) / first
+        yield _row(f"{mark}{rank}", plan.memory(rank), cost, budget)
+    if plan.rank:
+        yield "> the rank of this configuration"
+    if host := plan.memory(plan.rank or plan.candidates[-1]).host:
+        yield f"At rank {plan.rank or plan.candidates[-1]}, {_gib(host)} are in the host's memory."
+
+
+def _row(name: str, estimate: MemoryEstimate, cost: float, budget: float) -> str:
+    cells = [f"{size / GIB:{WIDTHS[part]}.2f}" for part, size in estimate.parts().items()]
+    fits = "fits" if estimate.total <= budget else "    "
+    return f"{name:>8}{''.join(cells)}{estimate.total / GIB:8.2f}  {fits}{cost:6.2f}"
+
+
+def _describe_switches(plan: Plan, budget: float, best: int) -> Iterator[str]:
+    """Yield what gives a higher rank than `best`, each with that rank."""
+    found = {
+        option: rank
+        for option, other in _switches(plan).items()
+        if (rank := other.highest_rank(budget) or 0) > best
+    }
+    if best == plan.candidates[-1]:
+        yield "That is the highest rank that is asked for here."
+    elif not found:
+        yield "No single switch gives a higher one."
+    else:
+        yield "What would raise it, each by itself:"
+    for option, rank in sorted(found.items(), key=lambda item: -item[1]):
+        yield f"{rank:>8}  {option}"
+
+
+def _switches(plan: Plan) -> dict[str, Plan]:
+    """Return options of `fit` that need less memory -> the plan with them."""
+    step, sharding = plan.step, plan.step.sharding
+    switches: dict[str, Any] = {}
+    if not step.activation_checkpointing:
+        switches["--model.activation_checkpointing true"] = {"activation_checkpointing": True}
+    if step.rows > 1:
+        batch = "--data.batch_size 1 --trainer.accumulate_grad_batches "
+        switches[f"{batch}{plan.accumulation * step.rows}"] = {"rows": 1}
+    if step.base_bytes == 4:
+        option = "--model.dtype bfloat16 --trainer.precision bf16-mixed"
+        switches[option] = {"base_bytes": 2, "compute_bytes": 2}
+    if step.map_bytes is None:
+        switches["--config configs/quantization/nf4.yaml"] = {"map_bytes": quantized_bytes(NF4)}
+    if step.optimizer == Optimizer("AdamW"):
+        option = "--model.optimizer bitsandbytes.optim.AdamW8bit"
+        switches[option] = {"optimizer": Optimizer("AdamW8bit")}
+    for name, other in _shardings(sharding).items():
+        switches[f"--trainer.strategy {name}"] = {"sharding": other}
+    return {
+        option: replace(plan, step=replace(step, **changes)) for option, changes in switches.items()
+    }
+
+
+def _shardings(sharding: Sharding) -> dict[str, Sharding]:
+    """Return names of strategies that share out more -> who keeps what under them."""
+    if sharding.weights or sharding.optimizer_on_host:
+        return {}
+    processes, deepspeed = sharding.processes, {"masters": True, "optimizer": True}
+    offload = Sharding(processes, gradients=True, optimizer_on_host=True, **deepspeed)
+    if processes == 1:
+        return {"deepspeed_stage_2_offload": offload}
+    return {
+        "deepspeed_stage_2": Sharding(processes, gradients=True, **deepspeed),
+        "deepspeed_stage_3": Sharding(processes, gradients=True, weights=True, **deepspeed),
+        "deepspeed_stage_2_offload": offload,
+    }
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"

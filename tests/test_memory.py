@@ -1,0 +1,286 @@
+"""The estimated memory, by part, against tensors, what autograd saves, and the profiler's peak."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rslightning import hf, losses, memory
+from rslightning.cost import GIB
+from rslightning.memory import MemoryEstimate, estimate_memory
+from rslightning.model_shape import read_shape
+from rslightning.rslora import AdapterSpec, inject_adapters
+from rslightning.rslora.contraction import OPERATIONS_PER_ENTRY
+from rslightning.rslora.linear import adapter_layers
+from rslightning.training_step import Optimizer, Sharding, TrainingStep
+
+B, T = 3, 50
+SIZES = {"vocab_size": 53, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPES = {
+    "grouped queries": {
+        **SIZES,
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    },
+    "wide MLP": {**SIZES, "intermediate_size": 224},
+    "wide heads": {**SIZES, "intermediate_size": 80, "head_dim": 48},
+    "deep": {**SIZES, "intermediate_size": 160, "num_hidden_layers": 12},
+}
+
+
+def build(shape, rank=4, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).to(dtype)
+    inject_adapters(model, AdapterSpec(rank=rank, **options))
+    return model.train()
+
+
+def step_of(model, width=4, **changes):
+    ranks = {path: layer.rank for path, layer in adapter_layers(model)}
+    step = TrainingStep(
+        rows=B,
+        length=T,
+        ranks=ranks or None,
+        base_bytes=model.dtype.itemsize,
+        compute_bytes=width,
+        on_cpu=True,
+        operations_per_entry=OPERATIONS_PER_ENTRY["cpu", width],
+    )
+    return replace(step, **changes)
+
+
+def estimate(model, *width, **changes):
+    return estimate_memory(read_shape(model.config.to_dict()), step_of(model, *width, **changes))
+
+
+def saved_bytes(model, mixed=False):
+    """Count the bytes that the forward pass saves, each storage once, weights left out."""
+    weights = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    storages = {}
+
+    def save(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # kept alive
+        return tensor
+
+    ids = torch.randint(0, 53, (B, T))
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    hooks = torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed), hooks:
+        model.model(ids, attention_mask=mask, use_cache=False)
+    return sum(x.nbytes() for pointer, x in storages.items() if pointer not in weights)
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 64}, {"dropout": 0.2}, {"targets": "attention"}])
+@pytest.mark.parametrize("shape", ["grouped queries", "wide MLP", "wide heads"])
+def test_activations_are_those_that_autograd_saves(shape, options):
+    model = build(shape, **options)
+    found = estimate(model, dropout="dropout" in options).activations
+    assert found == pytest.approx(saved_bytes(model), rel=0.1)
+
+
+def test_adapters_in_the_mlp_alone():
+    model = build("deep", targets="mlp")  # of its first layer, the attention keeps nothing
+    assert estimate(model).activations == pytest.approx(saved_bytes(model), rel=0.1)
+
+
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float32])
+def test_activations_under_mixed_precision(base):
+    model = build("grouped queries", dtype=base)
+    measured = saved_bytes(model, mixed=True)
+    assert estimate(model, 2).activations == pytest.approx(measured, rel=0.1)
+
+
+def test_activation_checkpointing_keeps_the_inputs_of_all_layers_and_one_layer_is_whole():
+    model = build("grouped queries")
+    one_layer = saved_bytes(model) / 3
+    hf._enable_checkpointing(model)
+    found = estimate(model, activation_checkpointing=True)
+    last_norm = B * T * 96 * 4  # is over when the first layer is recomputed
+    assert found.activations == pytest.approx(saved_bytes(model) - last_norm, rel=0.1)
+    assert found.work == pytest.approx(one_layer + 2 * B * T * 160 * 4, rel=0.15)
+
+
+def test_weights_gradients_and_moments():
+    model = build("wide MLP")
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    model(torch.zeros(1, 2, dtype=torch.int64)).logits.sum().backward()
+    optimizer.step()
+    found = estimate(model)
+    assert (found.frozen, found.trained) == (frozen, sum(p.nbytes for p in trained))
+    assert found.gradients == sum(p.grad.nbytes for p in trained)
+    moments = [optimizer.state[p][key].nbytes for p in trained for key in ("exp_avg", "exp_avg_sq")]
+    assert found.optimizer == sum(moments)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_full_fine_tuning_trains_everything(tied):
+    model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **SHAPES["wide MLP"]))
+    found = estimate(model)
+    size = sum(p.nbytes for p in model.parameters())
+    assert (found.frozen, found.trained, found.gradients) == (0, size, size)
+    assert found.optimizer == 2 * size
+
+
+SHARED = {
+    "ddp": (Sharding(2, buckets=True), 1, 1, 1, 1),
+    "zero1": (Sharding(2, optimizer=True), 1, 1, 1, 2),
+    "zero2": (Sharding(2, optimizer=True, gradients=True), 1, 1, 2, 2),
+    "zero3": (Sharding(2, optimizer=True, gradients=True, weights=True), 2, 2, 2, 2),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_is_shared_out_is_divided(name):
+    sharding, *divisors = SHARED[name]
+    model = build("wide MLP")
+    alone, found = estimate(model), estimate(model, sharding=sharding)
+    parts = ("frozen", "trained", "gradients", "optimizer")
+    for part, divisor in zip(parts, divisors, strict=True):
+        assert getattr(found, part) == getattr(alone, part) // divisor
+    block = read_shape(model.config.to_dict()).blocks[0].parameters * 4
+    exchanged = {"ddp": alone.gradients, "zero3": 2 * block}
+    assert found.exchange == exchanged.get(name, 0)
+    assert alone.exchange == 0
+
+
+def test_deepspeed_trains_16_bit_copies_of_float32_masters():
+    model = build("wide MLP", dtype=torch.bfloat16)
+    alone = estimate(model, 2)
+    entries = alone.trained // 4
+    found = estimate(model, 2, sharding=Sharding(4, optimizer=True, gradients=True, masters=True))
+    assert (found.trained, found.gradients) == (2 * entries, 2 * entries // 4)
+    assert found.optimizer == (4 + 8) * entries // 4
+    wide = estimate(build("wide MLP"), sharding=Sharding(1, masters=True))
+    assert (wide.trained, wide.optimizer) == (4 * entries, 8 * entries)
+
+
+def test_what_is_offloaded_is_the_hosts():
+    model = build("wide MLP")
+    alone = estimate(model)
+    optimizer = estimate(model, sharding=Sharding(optimizer=True, optimizer_on_host=True))
+    assert (optimizer.optimizer, optimizer.host) == (0, alone.optimizer)
+    assert optimizer.total == alone.total - alone.optimizer
+    offload = {"optimizer_on_host": True, "weights_on_host": True}
+    everything = estimate(model, sharding=Sharding(weights=True, **offload))
+    assert (everything.frozen, everything.trained) == (0, 0)
+    assert everything.host == alone.optimizer + alone.frozen + alone.trained
+
+
+def test_a_quantized_base_keeps_embeddings_norms_and_head_as_they_are():
+    model = build("wide MLP", dtype=torch.bfloat16)
+    shape = read_shape(model.config.to_dict())
+    maps = sum(each.entries for each in shape.maps if each.group != "head")
+    found = estimate(model, 2, map_bytes=0.5)
+    assert found.frozen == maps // 2 + 2 * (shape.parameters - maps)
+
+
+def test_eager_attention_keeps_the_scores():
+    model = build("wide MLP")
+    extra = estimate(model, eager_attention=True).activations - estimate(model).activations
+    assert extra == 2 * B * 4 * T * T * 4  # two layers, four heads
+
+
+def test_an_estimate_reads_as_one_line():
+    found = MemoryEstimate(GIB, GIB // 2, 0, 0, 0, GIB // 4, host=GIB)
+    assert found.total == 7 * GIB // 4
+    assert str(found) == "1.75 GiB (frozen 1.00, trained 0.50, work 0.25)"
+
+
+def load_benchmark():
+    path = Path(__file__).parents[1] / "benchmarks" / "plan.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_plan", path)
+    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+    return module
+
+
+BENCHMARK = load_benchmark()
+
+
+def peaks(case, folder):
+    measured = BENCHMARK.measure(case, folder)
+    predicted = BENCHMARK.predict(case, folder)
+    assert {name: predicted[name] for name in BENCHMARK.COUNTED} == {
+        name: measured[name] for name in BENCHMARK.COUNTED
+    }
+    return sum(predicted.values()), sum(measured.values())
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+@pytest.mark.parametrize("case", BENCHMARK.cases(width=128, layers=3), ids=lambda case: case.name)
+def test_the_plans_peak_is_the_measured_one(case, tmp_path):
+    predicted, measured = peaks(case, tmp_path)
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+GPT = {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 160, "rotary_dim": 8}
+DROPOUTS = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+FAMILIES = {
+    "gpt2": {"architectures": ["GPT2LMHeadModel"], **GPT, **DROPOUTS},
+    "gptj": {"architectures": ["GPTJForCausalLM"], **GPT},
+    "gemma2": {"architectures": ["Gemma2ForCausalLM"], "head_dim": 12},
+    "gemma3_text": {"architectures": ["Gemma3ForCausalLM"], "head_dim": 12},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 12},
+    "mixtral": {"architectures": ["MixtralForCausalLM"], **MIXTURE},
+}
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+@pytest.mark.filterwarnings("ignore:.* are bare parameters, which adapters:UserWarning")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_peak_of_other_families(family, tmp_path):
+    @dataclass(frozen=True)
+    class OfFamily(BENCHMARK.Case):
+        def config(self):
+            sizes = {"vocab_size": self.words} if "gpt" in family else super().config()
+            return {**sizes, "pad_token_id": 0, "model_type": family, **FAMILIES[family]}
+
+    predicted, measured = peaks(OfFamily(family, 16, 64, 4), tmp_path)
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("rank", [8, None])
+def test_the_peak_where_logits_come_in_chunks(rank, mixed, tmp_path, monkeypatch):
+    for module in (losses, memory):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 2**22)
+    case = BENCHMARK.Case("chunks", rank, 64, 2, words=6000, mixed=mixed)
+    predicted, measured = peaks(case, tmp_path)
+    assert 640 * 6000 * 4 > 3 * 2**22
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_the_profilers_sum_forgets_what_was_freed():
+    def event(ts, size, address):
+        return {"name": "[memory]", "ts": ts, "args": {"Bytes": size, "Addr": address}}
+
+    events = [
+        {"name": "training", "ts": 2, "dur": 5},
+        event(0, 70, 1),
+        event(1, 100, 2),
+        event(1.5, -100, 2),
+        event(3, 5, 3),
+        event(4, -9, 4),  # was allocated before the profile
+        event(5, 11, 2),
+        event(8, 1000, 5),
+    ]
+    assert BENCHMARK.peak_bytes(json.loads(json.dumps(events))) == 70 + 5 + 11
+
+
+def test_an_unknown_optimizer_is_taken_for_adamw():
+    model = build("wide MLP")
+    found = estimate(model, optimizer=Optimizer("Sophia"))
+    assert found.optimizer == estimate(model).optimizer
