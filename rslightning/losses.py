@@ -89,16 +89,17 @@ def _nats_and_gradients(
         scores = F.log_softmax(F.linear(rows, matrix, offset), -1, dtype=nats.dtype)
         of_words = scores.gather(1, words.unsqueeze(1)).squeeze(1)
         nats -= of_words.sum()
-        if not any(wanted):
-            continue
-        slopes = _slopes_(scores, words, of_words)
-        if wanted[2]:
-            by_bias += slopes.sum(0)
-        slopes = slopes.to(dtype)
-        if wanted[1]:
-            by_weight += slopes.T @ rows
-        if wanted[0]:
-            by_hidden[chunk] = (slopes @ matrix).to(hidden.dtype)
+        if any(wanted):
+            slopes = _slopes_(scores, words, of_words)
+            if wanted[2]:
+                by_bias += slopes.sum(0)
+            slopes = slopes.to(dtype)
+            if wanted[1]:
+                by_weight += slopes.T @ rows
+            if wanted[0]:
+                by_hidden[chunk] = (slopes @ matrix).to(hidden.dtype)
+            del slopes
+        del scores  # before the next chunk's are made
     return nats, by_hidden, by_weight, by_bias
 
 

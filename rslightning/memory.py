@@ -193,8 +193,6 @@ def _loss_bytes(shape: ModelShape, step: TrainingStep) -> int:
     if shape.whole_logits:
         return logits * 3 + gradients
     copies = 2.0 if step.compute_bytes == WIDE else 1.5 + step.on_cpu  # which widens them aside
-    if logits > CHUNK_BYTES:  # those of the chunk before, and their slopes in 16 bit
-        copies += 1.0 if step.compute_bytes == WIDE else 1.5
     if step.ranks is None:
         gradients += shape.head.entries * WIDE
     return round(min(logits, CHUNK_BYTES) * copies) + gradients

@@ -11,7 +11,6 @@ from rslightning.errors import UserError
 from rslightning.hf import compile_decoder_layers
 from rslightning.rslora import AdapterSpec, contraction
 from rslightning.rslora.linear import adapter_layers
-from rslightning.rslora.merge import adapter_delta
 
 FAST = partial(torch.optim.AdamW, lr=3e-2)
 SLOW = partial(torch.optim.AdamW, lr=1e-6)
@@ -50,7 +49,7 @@ def fit(make_trainer, module, data, steps, ckpt_path=None, precision="bf16-mixed
 
 def lost(layer):
     """Return the share of the update that rounding W' to bfloat16 loses, in float64."""
-    update = adapter_delta(layer.lora_a, layer.lora_b, layer.gamma).double()
+    update = layer.gamma * layer.lora_b.double() @ layer.lora_a.double()
     exact = layer.weight.double() + update
     return float((exact.bfloat16().double() - exact).norm() / update.norm())
 

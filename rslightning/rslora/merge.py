@@ -5,6 +5,9 @@ rounding, or undoing by subtraction, would drift; here the base weight itself is
 """
 
 import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,9 +19,8 @@ from rslightning.rslora.inject import set_module
 from rslightning.rslora.linear import LoRALinear, adapter_layers, is_conv1d
 from rslightning.rslora.quantized import is_quantized
 
-
-BLOCK_ENTRIES: Final = 2**17
-"""Entries that are worked on at once: half a megabyte in float32, so that a core's cache holds it.
+BLOCK_ROWS: Final = 64
+"""Rows that are worked on at once: few enough for a core's cache, enough for a fast product.
 
 Each step over a whole weight would fetch it from memory again, which takes longer than the step.
 """
@@ -54,7 +56,8 @@ def merge_weight(
 ) -> tuple[Tensor, LayerMerge]:
     """Return W + gamma B A, summed in float32 or wider and rounded once, and what that cost.
 
-    The norms are right to 1e-5 of themselves, those of lost parts as well.
+    The product is always formed in float32: one in bfloat16 would lose what the sum keeps. At a
+    high rank it is nearly all of the work. The norms are right to 1e-4 of themselves.
 
     Shape:
         weight [out, in], or [in, out] if `transposed` -> the same; lora_a [rank, in];
@@ -75,18 +78,23 @@ def merge_weight(
     if transposed:
         left, right = right.T, left.T
     merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    rows = max(1, BLOCK_ENTRIES // weight.shape[1])
-    squares = [
-        _merge_block(w, (part @ right).to(w.device), out)
-        for w, part, out in zip(
-            weight.split(rows), left.split(rows), merged.split(rows), strict=True
-        )
-    ]
-    of_weight, of_update, of_loss = (math.sqrt(sum(column)) for column in zip(*squares, strict=True))
-    if not math.isfinite(of_loss) and not torch.isfinite(merged).all():
+
+    def merge_rows(first: int) -> list[float]:
+        rows = slice(first, first + BLOCK_ROWS)
+        return _merge_block(weight[rows], left[rows], right, merged[rows])
+
+    with _one_thread_each() as threads:
+        squares = list(threads.map(merge_rows, range(0, len(weight), BLOCK_ROWS)))
+    of_weight, of_update, of_loss = (math.sqrt(sum(x)) for x in zip(*squares, strict=True))
+    if not math.isfinite(of_loss) and not all_finite(merged):
         raise RunError(f"The merged weight has entries that are not finite in {dtype_name(dtype)}.")
     lost_share = of_loss / of_update if of_update else 0.0
     return merged, LayerMerge(of_weight, of_update, lost_share)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Tell whether no entry is infinite or NaN; the extremes tell it sooner than each entry."""
+    return not tensor.numel() or all(math.isfinite(x) for x in map(float, tensor.aminmax()))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -156,8 +164,25 @@ def _merged_weight(path: str, layer: LoRALinear) -> Tensor:
         raise RunError(f"{path}: {error} Nothing was merged.") from None
 
 
-def _merge_block(weight: Tensor, update: Tensor, merged: Tensor) -> tuple[float, float, float]:
-    """Write the sum of some rows, rounded, and return three sums of squares: W, dW, what was lost.
+@contextmanager
+def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """Yield as many threads as torch has, and let torch not split the work of any of them.
+
+    Torch's own would wait for each other after every step of every block: on a machine that has
+    something else to do, most of the time.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count) as threads:
+            yield threads
+    finally:
+        torch.set_num_threads(count)
+
+
+@torch.no_grad()  # holds for one thread alone
+def _merge_block(weight: Tensor, left: Tensor, right: Tensor, merged: Tensor) -> list[float]:
+    """Write some rows of W + dW, rounded, and return three sums of squares: W, dW, what was lost.
 
     Rounding to 16 bit loses so much more than a sum in float32 does that the latter passes for
     exact. Beside a result in float32 it would not: there the sum is float64's. Rounded to float32
@@ -165,13 +190,16 @@ def _merge_block(weight: Tensor, update: Tensor, merged: Tensor) -> tuple[float,
     """
     narrow = merged.dtype.itemsize <= 2 and weight.dtype != torch.float64
     rows = weight.to(torch.float32 if narrow else torch.float64, copy=True)
+    update = (left @ right).to(rows.device)
     of_weight, of_update = _square_sum(rows), _square_sum(update)
     merged.copy_(rows.add_(update))
-    return of_weight, of_update, _square_sum(rows.sub_(merged))
+    return [of_weight, of_update, _square_sum(rows.sub_(merged))]
 
 
-def _square_sum(tensor: Tensor) -> float:
-    """Return the sum of squares, in float64 where that of float32 ends."""
-    flat = tensor.flatten()
-    total = float(flat.dot(flat))
-    return total if math.isfinite(total) else float(flat.double().square().sum())
+def _square_sum(rows: Tensor) -> float:
+    """Return the sum of squares: of each row in its dtype, of those in float64.
+
+    A sum in float32 over all entries would drift.
+    """
+    total = float(torch.linalg.vecdot(rows, rows).sum(dtype=torch.float64))
+    return total if math.isfinite(total) else float(rows.double().square().sum())

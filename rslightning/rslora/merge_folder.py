@@ -20,7 +20,7 @@ from torch import Tensor
 from rslightning.errors import RunError, UserError
 from rslightning.model_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, ModelFolder, unique_key
 from rslightning.rslora.adapters import Adapter, LayerAdapter
-from rslightning.rslora.merge import LayerMerge, dtype_name, merge_weight
+from rslightning.rslora.merge import LayerMerge, all_finite, dtype_name, merge_weight
 from rslightning.rslora.quantized import seen_weight
 from rslightning.storage import open_tensors, save_tensors
 
@@ -203,7 +203,7 @@ def cast_weight(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
         RunError: If an entry is not finite in it: float16 is too small for some.
     """
     cast = weight.to(dtype)
-    if cast.dtype != weight.dtype and not torch.isfinite(cast).all():
+    if cast.dtype != weight.dtype and not all_finite(cast):
         raise RunError(f"{name} has entries that are not finite in {dtype_name(dtype)}.")
     return cast
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,10 +10,9 @@ from rslightning.errors import RunError, UserError
 from rslightning.rslora.inject import inject_adapters
 from rslightning.rslora.linear import LoRALinear, adapter_layers
 from rslightning.rslora.merge import (
-    adapter_delta,
-    add_delta,
-    lost_share,
+    LayerMerge,
     merge_adapters,
+    merge_weight,
     unmerge_adapters,
     unwrap_adapters,
 )
@@ -179,28 +179,126 @@ def test_unwrapping_before_a_merge_gives_the_base(tiny_llama):
     assert not any(isinstance(module, LoRALinear) for module in tiny_llama.modules())
 
 
-def test_the_update_of_one_layer():
-    lora_a, lora_b = torch.randn(3, 7), torch.randn(11, 3)
+def dyadic(*shape, largest=8, unit=2.0**-6):
+    """Return whole multiples of `unit`, whose products and sums float32 forms without rounding."""
+    return torch.randint(-largest, largest + 1, shape) * unit
+
+
+def dense_merge(weight, lora_a, lora_b, gamma, merged):
+    """Return W + gamma B A and the report's numbers, from whole matrices in float64."""
+    update = gamma * lora_b.double() @ lora_a.double()
+    exact = weight.double() + update
+    lost = (merged.double() - exact).norm() / update.norm()
+    return exact, LayerMerge(float(weight.double().norm()), float(update.norm()), float(lost))
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 150])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_weight_and_its_numbers_against_float64(rows, transposed, stored, dtype):
+    torch.manual_seed(rows)
+    weight = (0.3 * torch.randn(rows, 37)).to(stored)
+    lora_a, lora_b = dyadic(5, 37), dyadic(rows, 5)
+    base = weight.T.contiguous() if transposed else weight
+    before = base.clone()
+    merged, numbers = merge_weight(base, lora_a, lora_b, 0.5, dtype, transposed)
+    assert torch.equal(base, before)
+    assert merged.dtype == dtype
+    assert merged.shape == base.shape
+    merged = merged.T if transposed else merged
+    exact, truth = dense_merge(weight, lora_a, lora_b, 0.5, merged)
+    # A float64 or float32 sum goes to 16 bit by way of float32.
+    assert torch.equal(merged, exact.float().to(dtype))
+    assert asdict(numbers) == pytest.approx(asdict(truth), rel=1e-4)
+
+
+def test_the_numbers_of_a_weight_as_wide_as_they_come():
+    """Sums of squares in float32 drift with the number of terms, most where all are alike."""
+    weight, lora_b = torch.full((70, 28_672), 0.1), torch.full((70, 2), 2.0**-9)
+    lora_a = torch.full((2, 28_672), 0.3)
+    merged, numbers = merge_weight(weight, lora_a, lora_b, 1.0, torch.bfloat16)
+    _, truth = dense_merge(weight, lora_a, lora_b, 1.0, merged)
+    assert asdict(numbers) == pytest.approx(asdict(truth), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_is_formed_in_float32(dtype):
+    lora_a, lora_b = torch.randn(3, 7).to(dtype), torch.randn(11, 3).to(dtype)
+    update, _ = merge_weight(torch.zeros(11, 7), lora_a, lora_b, 0.75, torch.float32)
     exact = 0.75 * lora_b.double() @ lora_a.double()
-    torch.testing.assert_close(adapter_delta(lora_a, lora_b, 0.75), exact.float())
-    # From bfloat16 adapters the product is formed in float32 as well.
-    narrow = adapter_delta(lora_a.bfloat16(), lora_b.bfloat16(), 0.75)
-    exact = 0.75 * lora_b.bfloat16().double() @ lora_a.bfloat16().double()
-    torch.testing.assert_close(narrow, exact.float())
+    torch.testing.assert_close(update, exact.float())
 
 
 def test_a_float64_weight_is_not_narrowed():
-    weight, delta = torch.rand(5, 7, dtype=torch.float64), torch.rand(5, 7)
-    assert torch.equal(add_delta(weight, delta, torch.float64), weight + delta.double())
+    weight = torch.rand(5, 7, dtype=torch.float64)
+    lora_a, lora_b = dyadic(2, 7), dyadic(5, 2)
+    merged, _ = merge_weight(weight, lora_a, lora_b, 1.0, torch.float64)
+    assert torch.equal(merged, weight + lora_b.double() @ lora_a.double())
 
 
 def test_lost_share_by_hand():
     # bfloat16 keeps 8 bits: 1 + 2^-9 is rounded to 1, 1 + 2^-7 is kept.
-    weight = torch.ones(1, 2).bfloat16()
-    delta = torch.tensor([[2.0**-9, 2.0**-7]])
-    merged = add_delta(weight, delta, torch.bfloat16)
+    weight, lora_b = torch.ones(1, 2).bfloat16(), torch.ones(1, 1)
+    lora_a = torch.tensor([[2.0**-9, 2.0**-7]])
+    merged, numbers = merge_weight(weight, lora_a, lora_b, 1.0, torch.bfloat16)
     assert merged.tolist() == [[1.0, 1.0078125]]
-    expected = 2.0**-9 / math.hypot(2.0**-9, 2.0**-7)
-    assert lost_share(weight, delta, merged) == pytest.approx(expected, rel=1e-12)
-    assert lost_share(weight, delta, weight) == 1.0
-    assert lost_share(weight, 0 * delta, merged) == 0.0
+    update = math.hypot(2.0**-9, 2.0**-7)
+    truth = LayerMerge(math.sqrt(2), update, 2.0**-9 / update)
+    assert asdict(numbers) == pytest.approx(asdict(truth), rel=1e-12)
+    _, all_lost = merge_weight(weight, lora_a / 4, lora_b, 1.0, torch.bfloat16)
+    assert all_lost.lost_share == 1.0
+    merged, nothing = merge_weight(weight, lora_a, 0 * lora_b, 1.0, torch.bfloat16)
+    assert torch.equal(merged, weight)
+    assert (nothing.update_norm, nothing.lost_share) == (0.0, 0.0)
+
+
+def test_squares_that_float32_cannot_hold():
+    weight = torch.full((3, 5), 2.0**100)
+    _, numbers = merge_weight(weight, torch.ones(2, 5), torch.ones(3, 2), 2.0**99, torch.float32)
+    assert numbers.weight_norm == pytest.approx(math.sqrt(15) * 2.0**100)
+    assert numbers.update_norm == pytest.approx(math.sqrt(15) * 2.0**100)
+    assert numbers.lost_share == 0.0
+
+
+@pytest.mark.parametrize("row", [3, 68], ids=["first_block", "last_block"])
+@pytest.mark.parametrize(
+    ("dtype", "entry", "update"),
+    [
+        (torch.float32, math.nan, 1.0),
+        (torch.float32, -math.inf, 1.0),
+        (torch.float32, 3.3e38, 0.5e38),
+        (torch.float16, 65_000.0, 600.0),
+    ],
+)
+def test_an_entry_that_is_not_finite_is_found_in_every_block(row, dtype, entry, update):
+    weight, lora_a, lora_b = torch.zeros(70, 7), torch.ones(2, 7), torch.ones(70, 2)
+    merge_weight(weight, lora_a, lora_b, update / 2, dtype)
+    weight[row, 5] = entry
+    with pytest.raises(RunError, match="not finite"):
+        merge_weight(weight, lora_a, lora_b, update / 2, dtype)
+
+
+def test_threads_change_no_bit_and_are_given_back():
+    torch.manual_seed(0)
+    weight, lora_a, lora_b = torch.randn(333, 41), torch.randn(6, 41), torch.randn(333, 6)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(merge_weight(weight, lora_a, lora_b, 0.5, torch.bfloat16))
+            assert torch.get_num_threads() == count
+        with pytest.raises(RunError):
+            merge_weight(weight * math.inf, lora_a, lora_b, 0.5, torch.bfloat16)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
+def test_a_merge_records_no_gradient():
+    lora_a = torch.ones(2, 7, requires_grad=True)
+    merged, _ = merge_weight(torch.ones(70, 7), lora_a, torch.ones(70, 2), 0.5, torch.float32)
+    assert not merged.requires_grad

@@ -17,8 +17,8 @@ from rslightning.rslora import merge_folder as merge_folder_module
 from rslightning.rslora.adapters import attach_adapter, collect_adapter
 from rslightning.rslora.inject import inject_adapters
 from rslightning.rslora.linear import adapter_layers
-from rslightning.rslora.merge import merge_adapters, unwrap_adapters
-from rslightning.rslora.merge_folder import REPORT_FILE, LayerMerge, MergeReport, merge_folder
+from rslightning.rslora.merge import LayerMerge, merge_adapters, unwrap_adapters
+from rslightning.rslora.merge_folder import REPORT_FILE, MergeReport, merge_folder
 from rslightning.rslora.peft_format import read_adapter
 from rslightning.rslora.spec import AdapterSpec
 from rslightning.storage import new_folder
@@ -199,8 +199,8 @@ def test_the_report_against_float64(tiny_llama, tmp_path, std):
         weight, result = before[f"{path}.weight"].double(), after[f"{path}.weight"].double()
         update = layer.gamma * layer.lora_b.detach().double() @ layer.lora_a.detach().double()
         numbers = report.layers[path]
-        assert numbers.weight_norm == pytest.approx(float(weight.norm()), rel=1e-12)
-        assert numbers.update_norm == pytest.approx(float(update.norm()), rel=1e-6)
+        assert numbers.weight_norm == pytest.approx(float(weight.norm()), rel=1e-5)
+        assert numbers.update_norm == pytest.approx(float(update.norm()), rel=1e-5)
         lost = float((result - weight - update).norm() / update.norm())
         assert numbers.lost_share == pytest.approx(lost, rel=1e-4)
     largest = max(x.lost_share for x in report.layers.values())
