@@ -199,7 +199,7 @@ def _gradients(
         dx = _multiply(up, a, gamma, None if weight is None else dy @ weight)
     if order.full_gradient and (needed[3] or needed[4]):
         full = _multiply_transposed(dy, x)
-        da = _multiply(b.T, full, gamma) if needed[3] else None
+        da = _multiply_transposed(b, full, gamma) if needed[3] else None
         db = _multiply(full, a.T, gamma) if needed[4] else None
     else:
         if needed[3]:
@@ -240,11 +240,11 @@ def _multiply(left: Tensor, right: Tensor, factor: float, addend: Tensor | None 
 def _multiply_transposed(left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
     """Return `factor left^T right`, of matrices with T rows.
 
-    On the CPU a 16-bit product takes up to three times as long where its left factor is a view
-    that is transposed: a copy of it is cheap in comparison.
+    On the CPU a 16-bit product takes up to twice as long where its left factor is a transposed view
+    and its right one is wide: then a copy is cheaper.
     """
     left = left.T
-    if left.dtype.itemsize == 2 and left.device.type == "cpu":
+    if left.device.type == "cpu" and left.dtype.itemsize == 2 and right.shape[1] > 1024:
         left = left.contiguous()
     return _multiply(left, right, factor)
 

@@ -210,16 +210,19 @@ def test_one_weight_and_its_numbers_against_float64(rows, transposed, stored, dt
     exact, truth = dense_merge(weight, lora_a, lora_b, 0.5, merged)
     # A float64 or float32 sum goes to 16 bit by way of float32.
     assert torch.equal(merged, exact.float().to(dtype))
-    assert asdict(numbers) == pytest.approx(asdict(truth), rel=1e-4)
+    assert asdict(numbers) == pytest.approx(asdict(truth), rel=1e-5)
 
 
-def test_the_numbers_of_a_weight_as_wide_as_they_come():
-    """Sums of squares in float32 drift with the number of terms, most where all are alike."""
-    weight, lora_b = torch.full((70, 28_672), 0.1), torch.full((70, 2), 2.0**-9)
-    lora_a = torch.full((2, 28_672), 0.3)
+@pytest.mark.parametrize(("spread", "tolerance"), [(0.02, 1e-5), (0.0, 1e-3)])
+def test_the_numbers_of_a_weight_as_wide_as_they_come(spread, tolerance):
+    """A sum in float32 drifts with the number of terms, most where all are alike."""
+    torch.manual_seed(0)
+    weight = torch.normal(0.0 if spread else 0.1, spread, (70, 28_672))
+    lora_a, lora_b = torch.full((2, 28_672), 0.3), torch.full((70, 2), 2.0**-9)
     merged, numbers = merge_weight(weight, lora_a, lora_b, 1.0, torch.bfloat16)
     _, truth = dense_merge(weight, lora_a, lora_b, 1.0, merged)
-    assert asdict(numbers) == pytest.approx(asdict(truth), rel=1e-4)
+    assert numbers.weight_norm == pytest.approx(truth.weight_norm, rel=tolerance)
+    assert asdict(numbers) == pytest.approx(asdict(truth), rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
