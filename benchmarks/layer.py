@@ -247,7 +247,7 @@ def compare_orders(shape: Shape, dtype: torch.dtype, repeats: int) -> dict[str, 
     contenders = {order_name(o): Contender(partial(layer, order=o), (a, b)) for o in ORDERS}
     check(contenders, problem)
     sizes = LayerShape(shape.in_features, shape.out_features, shape.rank, shape.tokens)
-    chosen = choose_order(sizes, "cpu", dtype.itemsize)
+    chosen = choose_order(sizes)
     contenders["frozen"] = Contender(base_layer(problem), ())
     return measure(shape, contenders, problem, repeats) | {"chosen": order_name(chosen)}
 

@@ -11,7 +11,10 @@ from typing import Any, Final, NamedTuple
 GIB: Final = 2**30
 
 CHUNK_BYTES: Final = 2**28
-"""Bytes of the float32 logits that a loss makes at a time: 2,048 positions of 32,768 words."""
+"""Bytes of the float32 logits that a loss makes at a time: 2,048 positions of 32,768 words.
+
+Chunks of fewer than about 256 positions take longer, most of all where the head is trained.
+"""
 
 
 @dataclass(frozen=True)
@@ -139,17 +142,16 @@ USUAL_ORDER: Final = Order()
 ORDERS: Final = tuple(Order(*choices) for choices in product((False, True), repeat=3))
 
 
-def cheapest_order(
-    shape: LayerShape, orders: Iterable[Order] = ORDERS, operations_per_entry: float = 0.0
-) -> Order:
-    """Return the order that costs least; of equals, the one that comes first.
+def cheapest_order(shape: LayerShape, orders: Iterable[Order] = ORDERS) -> Order:
+    """Return the order of fewest operations; of equals, the one that comes first.
+
+    Counting what is moved along with them chose no better on the CPU: `benchmarks/layer.py`.
 
     Args:
         shape: Sizes of the layer.
         orders: What there is to choose from.
-        operations_per_entry: As for `layer_cost`.
     """
-    return min(orders, key=lambda order: layer_cost(shape, order, operations_per_entry))
+    return min(orders, key=lambda order: layer_cost(shape, order))
 
 
 def keeps_merged(shape: LayerShape, order: Order) -> bool:
@@ -171,46 +173,37 @@ def kept_entries(shape: LayerShape, order: Order) -> int:
     return shape.tokens * shape.rank if keeps_down else 0
 
 
-def layer_cost(shape: LayerShape, order: Order, operations_per_entry: float = 0.0) -> float:
-    """Return what forward and backward pass of an adapted layer cost, in operations.
+def layer_cost(shape: LayerShape, order: Order) -> int:
+    """Count the operations of forward and backward pass of an adapted layer.
 
-    The product of matrices [a, b] and [b, c] takes `2 a b c` operations and moves
-    `a b + b c + a c` entries, one more `a c` where it is added to a matrix.
+    The product of matrices [a, b] and [b, c] takes `2 a b c`.
 
     Args:
         shape: Sizes of the layer.
         order: How it is computed.
-        operations_per_entry: Operations that the processor could do while it moves one entry; 0
-            counts operations alone.
     """
     n, m, r, t = shape[:4]
-
-    def multiply(a: int, b: int, c: int, added: bool = False) -> float:
-        entries = a * b + b * c + a * c * (2 if added else 1)
-        return 2 * a * b * c + operations_per_entry * entries
-
-    merge = multiply(m, r, n, added=shape.base)
-    down, up = multiply(t, n, r), multiply(t, m, r)  # A x and B^T dy
+    dense, merge = 2 * t * n * m, 2 * m * r * n
+    down, up = 2 * t * n * r, 2 * t * m * r  # A x or dA, and B^T dy or dB
     has_down = has_up = False
-    cost = 0.0
+    cost = 0
     if shape.base or order.merged_forward:
-        cost += multiply(t, n, m)
+        cost += dense
     if order.merged_forward:
         cost += merge
     else:
-        cost += down + multiply(t, r, m, added=True)
+        cost += down + up
         has_down = True
     if shape.input_gradient:
         if shape.base or order.merged_input_gradient:
-            cost += multiply(t, m, n)
+            cost += dense
         if order.merged_input_gradient:
             cost += 0 if keeps_merged(shape, order) else merge
         else:
-            cost += up + multiply(t, r, n, added=shape.base)
+            cost += up + down
             has_up = True
     if not shape.adapter_gradient:
         return cost
     if order.full_gradient:
-        return cost + multiply(m, t, n) + multiply(m, n, r) + multiply(r, m, n)
-    cost += (0 if has_down else down) + (0 if has_up else up)
-    return cost + multiply(m, t, r) + multiply(r, t, n)
+        return cost + dense + 2 * merge
+    return cost + down + up + (0 if has_down else down) + (0 if has_up else up)

@@ -18,7 +18,6 @@ from rslightning.errors import UserError
 from rslightning.memory import MemoryEstimate, estimate_memory
 from rslightning.model_folder import read_model_config
 from rslightning.model_shape import LinearShape, ModelShape, read_shape
-from rslightning.rslora.contraction import OPERATIONS_PER_ENTRY
 from rslightning.rslora.inject import select_targets
 from rslightning.rslora.spec import TARGET_GROUPS, AdapterSpec
 from rslightning.training_step import (
@@ -122,7 +121,6 @@ def _read_step(config: Config, devices: int | None) -> TrainingStep:
     if in_16_bit:
         base_bytes = 2
     compute_bytes = 2 if "16" in precision else base_bytes
-    on_cpu = uses_cpu(config)
     return TrainingStep(
         rows=data["batch_size"],
         length=data["max_length"],
@@ -136,10 +134,7 @@ def _read_step(config: Config, devices: int | None) -> TrainingStep:
         dropout=bool(model["adapter"] and model["adapter"]["dropout"]),
         eager_attention=model["attention"] == "eager",
         sharding=_read_strategy(trainer["strategy"], devices or _devices(config)),
-        on_cpu=on_cpu,
-        operations_per_entry=OPERATIONS_PER_ENTRY.get(
-            ("cpu" if on_cpu else "cuda", compute_bytes), 0.0
-        ),
+        on_cpu=uses_cpu(config),
     )
 
 

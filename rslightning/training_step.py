@@ -123,7 +123,6 @@ class TrainingStep:
         eager_attention: Whether the attention keeps the scores [T, T].
         sharding: Who keeps what.
         on_cpu: Whether the device is a CPU, where a dropout keeps its factors, not bytes.
-        operations_per_entry: Of the device, see `rslightning.cost.layer_cost`.
     """
 
     rows: int
@@ -139,7 +138,6 @@ class TrainingStep:
     eager_attention: bool = False
     sharding: Sharding = field(default_factory=Sharding)
     on_cpu: bool = False
-    operations_per_entry: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -175,7 +173,7 @@ class TrainingStep:
         """
         may_merge = self.compute_bytes == WIDE or not layer.base
         orders = [order for order in ORDERS if may_merge or not any(order[:2])]
-        return cheapest_order(layer, orders, self.operations_per_entry)
+        return cheapest_order(layer, orders)
 
 
 def read_optimizer(name: str, options: Mapping[str, Any]) -> Optimizer:

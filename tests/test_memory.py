@@ -15,7 +15,6 @@ from rslightning.cost import GIB
 from rslightning.memory import MemoryEstimate, estimate_memory
 from rslightning.model_shape import read_shape
 from rslightning.rslora import AdapterSpec, inject_adapters
-from rslightning.rslora.contraction import OPERATIONS_PER_ENTRY
 from rslightning.rslora.linear import adapter_layers
 from rslightning.training_step import Optimizer, Sharding, TrainingStep
 
@@ -52,7 +51,6 @@ def step_of(model, width=4, **changes):
         base_bytes=model.dtype.itemsize,
         compute_bytes=width,
         on_cpu=True,
-        operations_per_entry=OPERATIONS_PER_ENTRY["cpu", width],
     )
     return replace(step, **changes)
 

@@ -20,7 +20,6 @@ from rslightning.callbacks.scalars import optimizer_step, write_scalars
 from rslightning.errors import UserError
 from rslightning.memory import estimate_memory
 from rslightning.model_shape import read_shape
-from rslightning.rslora.contraction import OPERATIONS_PER_ENTRY
 from rslightning.rslora.linear import LoRALinear, adapter_layers
 from rslightning.rslora.quantized import is_quantized
 from rslightning.training_step import (
@@ -212,7 +211,6 @@ def _training_step(trainer: Trainer, module: LightningModule, model: Any) -> Tra
         eager_attention=getattr(module, "attention", None) == "eager",
         sharding=_sharding(trainer),
         on_cpu=device == "cpu",
-        operations_per_entry=OPERATIONS_PER_ENTRY.get((device, compute_bytes), 0.0),
     )
 
 

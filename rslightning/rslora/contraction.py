@@ -19,9 +19,8 @@ Products of matrices associate, so each of these has two ways. Their operations:
 The usual order is the first way of each. W' takes fewer operations, whatever the rank, where
 T > in out / (in + out); but as long as dA and dB need x A^T and dy B anyway, for y where T > in and
 for dx where T > out. With very many tokens G does where r > in out / (2 (in + out)).
-`cost.layer_cost` counts operations and what they move, and `cost.cheapest_order` chooses. W' waits
-for dx where it is no larger than the x A^T that the usual order keeps: no order keeps more than the
-usual one does.
+`cost.layer_cost` counts, and `cost.cheapest_order` chooses. W' waits for dx where it is no larger
+than the x A^T that the usual order keeps: no order keeps more than the usual one does.
 
 gamma is multiplied into no matrix: it is the factor of a product while that is computed.
 
@@ -40,9 +39,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rslightning.cost import ORDERS, USUAL_ORDER, LayerShape, Order, cheapest_order, kept_entries
-
-OPERATIONS_PER_ENTRY: Final = {("cpu", 4): 8.0, ("cpu", 2): 30.0, ("cuda", 2): 300.0}
-"""Operations that a device does while it moves an entry of so many bytes; elsewhere 0."""
 
 SPLIT_ORDERS: Final = tuple(order for order in ORDERS if not any(order[:2]))
 """The orders without W'."""
@@ -100,33 +96,32 @@ def adapted_linear(
     if order is None:
         # Alone, gamma B A loses nothing to speak of in 16 bit; added to W, it may.
         may_merge = merges_in_16_bit or weight is None or dtype.itemsize > 2
-        order = choose_order(shape, device, dtype.itemsize, may_merge)
+        order = choose_order(shape, may_merge)
     keep = kept_entries(shape, order) > 0
     y, _ = _AdaptedLinear.apply(rows, weight, addend, lora_a, lora_b, gamma, order, keep)
     # No view, or hooks on y would be lost where y is then changed in place.
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # type: ignore[no-any-return]
 
 
-def choose_order(shape: LayerShape, device: str, itemsize: int, may_merge: bool = True) -> Order:
+def choose_order(shape: LayerShape, may_merge: bool = True) -> Order:
     """Return the cheapest order on a type of device, for entries of so many bytes.
 
     It is the usual one where a compiler leaves T open: Dynamo would take seconds per layer to
     compare the costs, and cannot trace G there.
     """
     if not torch.compiler.is_compiling():
-        return _choose(shape, device, itemsize, may_merge)
+        return _choose(shape, may_merge)
     from torch.fx.experimental.symbolic_shapes import has_static_value  # loads sympy
 
     if not has_static_value(shape.tokens):
         return USUAL_ORDER
     # Dynamo does not see through the cache, and needs none.
-    return _choose.__wrapped__(shape, device, itemsize, may_merge)
+    return _choose.__wrapped__(shape, may_merge)
 
 
 @lru_cache(maxsize=4096)
-def _choose(shape: LayerShape, device: str, itemsize: int, may_merge: bool) -> Order:
-    orders = ORDERS if may_merge else SPLIT_ORDERS
-    return cheapest_order(shape, orders, OPERATIONS_PER_ENTRY.get((device, itemsize), 0.0))
+def _choose(shape: LayerShape, may_merge: bool) -> Order:
+    return cheapest_order(shape, ORDERS if may_merge else SPLIT_ORDERS)
 
 
 class _AdaptedLinear(Function):  # type: ignore[misc]
