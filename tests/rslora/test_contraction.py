@@ -396,7 +396,7 @@ def test_where_the_merged_weight_is_allowed(monkeypatch, parts, dtype, merges_in
     problem = cast(make_problem(parts), dtype, dtype, WIDE)
     adapted_linear(*problem, GAMMA, merges_in_16_bit)
     shape = LayerShape(IN, OUT, RANK, BATCH * TOKENS, base=parts == "W")
-    assert asked == [(shape, "cpu", dtype.itemsize, allowed)]
+    assert asked == [(shape, allowed)]
 
 
 def spy_on_choices(monkeypatch):
