@@ -11,8 +11,10 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from rslightning.errors import UserError
 from rslightning.model_folder import ModelFolder
@@ -27,6 +29,7 @@ def load_causal_lm(
     activation_checkpointing: bool = False,
     trust_remote_code: bool = False,
     quantization: Mapping[str, Any] | None = None,
+    on_meta: bool = False,
 ) -> PreTrainedModel:
     """Build a causal language model from a folder, in training mode and without a KV cache.
 
@@ -40,6 +43,8 @@ def load_causal_lm(
         trust_remote_code: Run model code that the folder brings along.
         quantization: Arguments of transformers' `BitsAndBytesConfig`: linear maps but the output
             head are loaded in 4 or 8 bit; None loads all in `dtype`.
+        on_meta: Build it without weights and without memory, for a process that gets its part of
+            them from another one.
 
     Raises:
         UserError: If the folder is incomplete, damaged, or not a causal language model, or
@@ -57,7 +62,9 @@ def load_causal_lm(
         options["quantization_config"] = quantization_config(quantization, dtype)
         options["device_map"] = {"": str(torch.empty(0).device)}  # the Trainer's, not any GPU
     try:
-        if pretrained:
+        if on_meta:
+            model = _build_on_meta(folder, options)
+        elif pretrained:
             description.check_weights()
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -142,6 +149,15 @@ def _refuse_missing(folder: Path, missing: Collection[str]) -> None:
         )
 
 
+def _build_on_meta(folder: Path, options: Mapping[str, Any]) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=options["trust_remote_code"])
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
+    if (folder / GENERATION_CONFIG_NAME).exists() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
 def _enable_checkpointing(model: PreTrainedModel) -> None:
     # The method was renamed within transformers 5; the old name warns in newer ones.
     enable = getattr(model, "activation_checkpointing_enable", None)
@@ -160,8 +176,7 @@ def compile_decoder_layers(model: PreTrainedModel, backend: str = "inductor") ->
     Raises:
         UserError: If the model does not name the class of its layers.
     """
-    names = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
+    layers = decoder_layers(model)
     if not layers:
         raise UserError(
             f"{type(model).__name__} does not say what its decoder layers are; set model.compile "
@@ -169,3 +184,19 @@ def compile_decoder_layers(model: PreTrainedModel, backend: str = "inductor") ->
         )
     for layer in layers:
         layer.compile(backend=backend)  # type: ignore[no-untyped-call]
+
+
+def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Return the layers of a model by the class that it names as one; none if it names none."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def sharding_units(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Return the parts of a model that are gathered one after another where its weights are shared
+    out: its decoder layers, its embedding and its head, but for the latter two where they are tied.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    ends = [embedding, head] if head is not None else [embedding]
+    tied = head is not None and head.weight is embedding.weight
+    return decoder_layers(model) + ([] if tied else ends)

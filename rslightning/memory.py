@@ -5,8 +5,11 @@ libraries take beside them (a CUDA context is about half a GiB) and what the all
 between them is not in it: leave a margin.
 """
 
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from rslightning.cost import CHUNK_BYTES, GIB, kept_entries
 from rslightning.model_shape import Block, ModelShape
@@ -207,3 +210,13 @@ def _exchange_bytes(shape: ModelShape, step: TrainingStep, gradients: int) -> in
         layer = max(block.parameters for block in shape.blocks) * step.base_bytes
         exchange += max(2 * layer, shape.embedding * step.base_bytes)
     return exchange
+
+
+def available_memory() -> int:
+    """Return the bytes of this machine's memory that programs could have now."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics.aggregation import MeanMetric
@@ -120,6 +121,7 @@ class CausalLMModule(LightningModule):
         """Load the base, inject the adapters; a second call does nothing."""
         if self.model is not None:
             return
+        strategy = self._weight_sharing_strategy()
         model = hf.load_causal_lm(
             find_model_folder(self.base_model),
             getattr(torch, self.dtype_name),
@@ -128,6 +130,7 @@ class CausalLMModule(LightningModule):
             self.activation_checkpointing,
             self.trust_remote_code,
             self.quantization,
+            on_meta=strategy is not None and not strategy.is_global_zero,
         )
         model.config.name_or_path = self.base_model  # not the place in a cache that it came from
         if self.adapter is not None:
@@ -137,7 +140,25 @@ class CausalLMModule(LightningModule):
         self.logits_are_of_head = logits_are_of_head(model)
         if self.compiles:
             hf.compile_decoder_layers(model)
+        if strategy is not None:
+            self.logits_are_of_head = strategy.broadcast(self.logits_are_of_head)
+            strategy.distribute(model, hf.sharding_units(model))
         self.model = model
+
+    def _weight_sharing_strategy(self) -> Any:
+        """Return the strategy that keeps a part of the weights in each process; None of others."""
+        if self._trainer is None:  # used without one
+            return None
+        strategy: Any = self.trainer.strategy
+        if not getattr(strategy, "shares_weights", False):
+            _refuse_unknown_sharing(strategy)
+            return None
+        if self.quantization is not None:
+            raise UserError(
+                f"A quantized base is not shared out by {type(strategy).__name__}: leave "
+                "quantization out, or take configs/strategy/ddp.yaml."
+            )
+        return strategy
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits [B, T, V] of a batch."""
@@ -308,6 +329,18 @@ class CausalLMModule(LightningModule):
         self.mean_nats.reset()
         self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True)  # the same everywhere
         self.log(f"{stage}/perplexity", loss.exp(), sync_dist=True)
+
+
+def _refuse_unknown_sharing(strategy: Any) -> None:
+    """Raise `UserError` if a strategy shares out weights, and is none of ours.
+
+    What it would share out was built by every process as a whole, or not at all.
+    """
+    name = type(strategy).__name__
+    if isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
+        raise UserError(f"{name} is not supported; take configs/strategy/fsdp2.yaml.")
+    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+        raise UserError(f"{name} is not supported; take configs/strategy/deepspeed_zero3.yaml.")
 
 
 def _structure(hparams: Mapping[str, Any]) -> dict[str, Any]:

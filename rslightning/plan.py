@@ -15,7 +15,7 @@ import torch
 
 from rslightning.cost import GIB
 from rslightning.errors import UserError
-from rslightning.memory import MemoryEstimate, estimate_memory
+from rslightning.memory import MemoryEstimate, available_memory, estimate_memory
 from rslightning.model_folder import read_model_config
 from rslightning.model_shape import LinearShape, ModelShape, read_shape
 from rslightning.rslora.inject import select_targets
@@ -190,18 +190,6 @@ def device_memory() -> int | None:
     if not torch.cuda.is_available():
         return None
     return int(torch.cuda.get_device_properties(0).total_memory)
-
-
-def available_memory() -> int:
-    """Return the bytes of this machine's memory that programs could have now."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="utf-8")
-    except OSError:  # not Linux
-        import os
-
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
 
 
 def choose_rank(config: Config) -> tuple[int, str]:

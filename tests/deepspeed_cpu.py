@@ -13,6 +13,8 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
+from rslightning.strategies import ZeroStrategy
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what DeepSpeed deprecates at import is not ours to mend
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
@@ -46,3 +48,15 @@ class OnceScaledDeepSpeedPrecision(DeepSpeedPrecision):
 
     def backward(self, tensor, model, optimizer, *args, **kwargs):
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+
+class CPUZeroStrategy(ZeroStrategy):
+    """Ours on gloo; stage 3 keeps parts of the smallest matrices, too, as it does of large ones."""
+
+    setup_environment = CPUDeepSpeedStrategy.setup_environment
+    setup_distributed = CPUDeepSpeedStrategy.setup_distributed
+    root_device = CPUDeepSpeedStrategy.root_device
+
+    def __init__(self, stage=2, **options):
+        super().__init__(stage, **options)
+        self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from typing_extensions import final
 
 from rslightning.errors import UserError
+from rslightning.memory import available_memory
 from rslightning.model_folder import ModelFolder, find_model_folder, is_hub_name
 from rslightning.rslora import write_adapter
+from rslightning.rslora.adapters import Adapter
 from rslightning.rslora.merge_folder import (
     MergeReport,
     cast_weight,
@@ -22,6 +24,7 @@ from rslightning.rslora.merge_folder import (
 )
 from rslightning.rslora.peft_modules import refuse_switched_off
 from rslightning.rslora.trained import trained_adapter
+from rslightning.rslora.whole import is_shared_out, whole_tensor
 from rslightning.storage import new_folder
 
 ADAPTER_FOLDER: Final = "adapter"
@@ -92,26 +95,35 @@ class MergeAdapters(Callback):
             self._sample = _first_row(batch)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write both folders on the first process; the others wait."""
+        """Write both folders on the first process.
+
+        Where a strategy has shared the weights out, the other processes help to gather them, one
+        matrix after another, and to compute the logits.
+        """
         if trainer.fast_dev_run:
             return
         folder = run_folder(trainer)  # asks all processes
-        if trainer.is_global_zero:
-            self._write(trainer, pl_module, folder)
-        trainer.strategy.barrier("rslightning.merge_adapters")
-
-    def _write(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> None:
         model = language_model(pl_module)
         name, base = self._find_base(model)
-        adapter = trained_adapter(pl_module, model, name)
-        if adapter is None:
-            _write_full(model, base, folder / MERGED_FOLDER, self.dtype)
-            rank_zero_info(f"merged: {folder / MERGED_FOLDER} (full fine-tuning, nothing to merge)")
-            return
+        adapter = trained_adapter(pl_module, model, name, whole_tensor)
+        logits = None if adapter is None else self._sample_logits(trainer, model)
+        state = _cast_state(model, self.dtype) if adapter is None else {}
+        if trainer.is_global_zero:
+            if adapter is None:
+                _write_full(model, state, base, folder / MERGED_FOLDER, self.dtype)
+            else:
+                with trainer.precision_plugin.forward_context():
+                    self._write(model, adapter, base, folder, logits)
+        trainer.strategy.barrier("rslightning.merge_adapters")
+
+    def _write(
+        self, model: Any, adapter: Adapter, base: ModelFolder, folder: Path, logits: Tensor | None
+    ) -> None:
         write_adapter(adapter, folder / ADAPTER_FOLDER, replace=True)
         with new_folder(folder / MERGED_FOLDER, replace=True) as aside:
             report = merge_folder(base, adapter, aside, self.dtype)
-            report.largest_logit_difference = self._logit_difference(trainer, model, aside)
+            if logits is not None:
+                report.largest_logit_difference = self._logit_difference(model, logits, aside)
             report.write(aside)
         _announce(report, folder)
 
@@ -130,26 +142,37 @@ class MergeAdapters(Callback):
         return name if is_hub_name(name) else str(folder), ModelFolder(folder)
 
     @torch.no_grad()
-    def _logit_difference(self, trainer: Trainer, model: Any, merged: Path) -> float | None:
-        """Compare the model in training with the folder, loaded as anybody would load it."""
+    def _sample_logits(self, trainer: Trainer, model: Any) -> Tensor | None:
+        """Return the logits of the model in training; None if there is nothing to compute."""
         if self._sample is None or getattr(model.config, "is_encoder_decoder", False):
             return None
-        ids = self._sample.to(model.device)
         in_training = [module for module in model.modules() if module.training]
         model.eval()
         with trainer.precision_plugin.forward_context():
-            before = model(input_ids=ids, use_cache=False).logits.float()
-            reloaded = (
-                type(model)
-                .from_pretrained(
-                    merged, dtype="auto", attn_implementation=model.config._attn_implementation
-                )
-                .to(model.device)
-            )
-            after = reloaded(input_ids=ids, use_cache=False).logits.float()
+            ids = self._sample.to(trainer.strategy.root_device)
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
         for module in in_training:
             module.training = True
-        return float((before - after).abs().max())
+        return logits
+
+    @torch.no_grad()
+    def _logit_difference(self, model: Any, logits: Tensor, merged: Path) -> float | None:
+        """Compare with the logits of the folder, loaded as anybody would load it.
+
+        A model whose weights are shared out may be too large for this process's device; it is
+        loaded into the host's memory then, or not at all where half of that is too little.
+        """
+        assert self._sample is not None
+        device = logits.device
+        if is_shared_out(model):
+            device = torch.device("cpu")
+            size = sum(file.stat().st_size for file in merged.glob("*.safetensors"))
+            if size > available_memory() / 2:
+                return None
+        options = {"dtype": "auto", "attn_implementation": model.config._attn_implementation}
+        reloaded = type(model).from_pretrained(merged, **options).to(device)
+        after = reloaded(input_ids=self._sample.to(device), use_cache=False).logits.float()
+        return float((logits.to(device) - after).abs().max())
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -182,26 +205,33 @@ def _is_language_model(module: nn.Module) -> bool:
     return hasattr(kind, "save_pretrained") and hasattr(module, "config") and not is_wrapper
 
 
-def _write_full(model: Any, base: ModelFolder, folder: Path, dtype: torch.dtype | None) -> None:
+def _write_full(
+    model: Any,
+    state: Mapping[str, Tensor],
+    base: ModelFolder,
+    folder: Path,
+    dtype: torch.dtype | None,
+) -> None:
     """Save a fully fine-tuned model with the description that lay beside its base."""
     with new_folder(folder, replace=True) as aside:
-        model.save_pretrained(aside, state_dict=_cast_state(model, dtype))
+        model.save_pretrained(aside, state_dict=state)
         copy_description(base, aside, dtype or model.dtype)
+    rank_zero_info(f"merged: {folder} (full fine-tuning, nothing to merge)")
 
 
 def _cast_state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Return the state of `model` in another dtype, a shared weight as one tensor under its names.
 
+    Where a strategy has shared the weights out, only the first process has them in the end.
     transformers leaves a tied head out of the file only where it is the embedding's own tensor.
     """
-    if dtype is None:
-        return dict(model.state_dict())
     state = model.state_dict(keep_vars=True)  # without it, each name has a tensor of its own
     cast: dict[int, Tensor] = {}
     for name, tensor in state.items():
-        target = dtype if tensor.is_floating_point() else tensor.dtype
+        target = dtype if dtype and tensor.is_floating_point() else tensor.dtype
         if id(tensor) not in cast:
-            cast[id(tensor)] = cast_weight(name, tensor.detach(), target)
+            whole = whole_tensor(tensor)
+            cast[id(tensor)] = whole if whole.is_meta else cast_weight(name, whole, target)
     return {name: cast[id(tensor)] for name, tensor in state.items()}
 
 

@@ -1,6 +1,6 @@
 """A trained adapter apart from its model: take it out of one, put it into one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,16 +45,25 @@ class Adapter:
     quantized: QuantizedBase | None = None
 
 
-def collect_adapter(model: nn.Module, base_model: str | None = None) -> Adapter:
+def collect_adapter(
+    model: nn.Module,
+    base_model: str | None = None,
+    take: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach,
+) -> Adapter:
     """Return the adapters of `model`, sharing its memory.
+
+    Args:
+        model: What holds them.
+        base_model: Name or folder of the base model, where known.
+        take: What is kept of each matrix; `whole_tensor` where a strategy has shared them out.
 
     Raises:
         UserError: If `model` has none.
     """
     layers = {
         path: LayerAdapter(
-            layer.lora_a.detach(),
-            layer.lora_b.detach(),
+            take(layer.lora_a),
+            take(layer.lora_b),
             layer.adapter,
             is_stored_transposed(layer.base),
         )

@@ -6,10 +6,10 @@ and `active_adapters`. Whatever rule made it, gamma is what the module multiplie
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from rslightning.errors import UserError
 from rslightning.rslora.adapters import Adapter, LayerAdapter
@@ -34,7 +34,11 @@ def peft_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, module
 
 
-def collect_peft_adapter(model: nn.Module, base_model: str | None = None) -> Adapter:
+def collect_peft_adapter(
+    model: nn.Module,
+    base_model: str | None = None,
+    take: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach,
+) -> Adapter:
     """Return the active adapter of PEFT in `model`, sharing its memory.
 
     The user's `use_rslora` and alpha are kept where they give the module's own scale; a scale that
@@ -43,6 +47,7 @@ def collect_peft_adapter(model: nn.Module, base_model: str | None = None) -> Ada
     Args:
         model: The model whose modules PEFT has replaced, not PEFT's wrapper around it.
         base_model: Name or folder of the base model, where known.
+        take: What is kept of each matrix; `whole_tensor` where a strategy has shared them out.
 
     Raises:
         UserError: If there is no adapter, not exactly one is active, or it is more than plain LoRA
@@ -58,7 +63,7 @@ def collect_peft_adapter(model: nn.Module, base_model: str | None = None) -> Ada
     scaling: Scaling = "rslora" if getattr(config, "use_rslora", False) else "lora"
     dropout = next(iter(layers.values())).lora_dropout[name]
     return Adapter(
-        {path: _layer_adapter(path, layer, name, scaling) for path, layer in layers.items()},
+        {path: _layer_adapter(path, layer, name, scaling, take) for path, layer in layers.items()},
         base_model,
         getattr(dropout, "p", 0.0),
         describe_quantization(model),
@@ -139,7 +144,9 @@ def _refuse_more_than_plain(path: str, layer: Any, name: str) -> None:
             raise UserError(f"{path} has {parameter}, which plain LoRA does not have.")
 
 
-def _layer_adapter(path: str, layer: Any, name: str, scaling: Scaling) -> LayerAdapter:
+def _layer_adapter(
+    path: str, layer: Any, name: str, scaling: Scaling, take: Callable[[nn.Parameter], Tensor]
+) -> LayerAdapter:
     lora_a, lora_b = layer.lora_A[name], layer.lora_B[name]
     _, rank = linear_features(lora_a)  # a weight's own shape is empty under ZeRO-3
     gamma = layer.scaling[name]
@@ -148,8 +155,8 @@ def _layer_adapter(path: str, layer: Any, name: str, scaling: Scaling) -> LayerA
     if not alpha or not math.isclose(scaling_factor(rank, alpha, scaling), gamma, rel_tol=1e-12):
         alpha = equivalent_alpha(gamma, rank, scaling)
     return LayerAdapter(
-        lora_a.weight.detach(),
-        lora_b.weight.detach(),
+        take(lora_a.weight),
+        take(lora_b.weight),
         ResolvedAdapter(rank, alpha, scaling),
         is_stored_transposed(layer.base_layer),
     )

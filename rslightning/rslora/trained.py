@@ -1,8 +1,8 @@
 """What a fit trains in a model: an adapter of ours, one of PEFT, or the whole model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from rslightning.errors import UserError
 from rslightning.rslora.adapters import Adapter, adapter_parameters, collect_adapter
@@ -16,7 +16,10 @@ from rslightning.rslora.peft_modules import (
 
 
 def trained_adapter(
-    module: nn.Module, model: nn.Module, base_model: str | None = None
+    module: nn.Module,
+    model: nn.Module,
+    base_model: str | None = None,
+    take: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach,
 ) -> Adapter | None:
     """Return the adapter that is trained in `model`, sharing its memory; None where it has none.
 
@@ -24,16 +27,17 @@ def trained_adapter(
         module: What holds the model: PEFT's wrapper, a LightningModule, or the model itself.
         model: The model whose linear maps are adapted.
         base_model: Name or folder of its base, where known.
+        take: What is kept of each matrix; `whole_tensor` where a strategy has shared them out.
 
     Raises:
         UserError: If more is trained than `W + gamma B A` describes.
     """
     refuse_other_methods(module)
     if next(adapter_layers(model), None) is not None:
-        adapter, parameters = collect_adapter(model, base_model), adapter_parameters(model)
+        adapter, parameters = collect_adapter(model, base_model, take), adapter_parameters(model)
     elif next(peft_layers(model), None) is not None:
         adapter, parameters = (
-            collect_peft_adapter(model, base_model),
+            collect_peft_adapter(model, base_model, take),
             peft_adapter_parameters(model),
         )
     else:

@@ -1,0 +1,91 @@
+"""DeepSpeed ZeRO as Lightning runs it, with what goes wrong there put right."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
+from typing_extensions import final, override
+
+from rslightning.strategies.materialize import broadcast_buffers, materialize
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """Lightning's `DeepSpeedStrategy`, for a frozen base with adapters.
+
+    - Under gradient accumulation the loss is divided by the number of micro-batches once. Lightning
+      2.6 divides it and DeepSpeed does again: gradients, their norms, clipping and every optimizer
+      but Adam's family would see half of it with two micro-batches.
+    - Lightning alone says when a step is due, so that `on_before_optimizer_step` runs once in a
+      step, and the last step of a pass is made with the micro-batches that are left, as ever.
+    - Checkpoints leave the frozen base out.
+    - With stage 3 the model is built as ever, on the first process alone; its parameters are sent
+      to the others unit by unit and kept in parts. No process holds more than one whole unit on its
+      device, and the host holds one copy, for as long as the model is built.
+    - The optimizer state is offloaded to the host with torch's own optimizers, too: no extension of
+      DeepSpeed's has to be compiled.
+
+    Needs the package `deepspeed`.
+
+    Args:
+        stage: What the processes share out: 1 the optimizer's state, 2 gradients too, 3 weights,
+            too.
+        options: Further arguments of Lightning's `DeepSpeedStrategy`.
+    """
+
+    def __init__(self, stage: Literal[1, 2, 3] = 2, **options: Any) -> None:
+        super().__init__(stage=stage, **{"exclude_frozen_parameters": True, **options})
+        assert isinstance(self.config, dict)
+        self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether a process keeps a part of the weights only: stage 3."""
+        return self.zero_stage_3
+
+    @override
+    def model_sharded_context(self) -> AbstractContextManager[None]:
+        """Build modules as ever: `distribute` shares them out afterwards."""
+        return nullcontext()
+
+    def distribute(self, model: nn.Module, units: Sequence[nn.Module]) -> None:
+        """Share out a model that the first process has, and the others on `meta`.
+
+        Args:
+            model: The whole model.
+            units: Parts of it that are sent one after another.
+        """
+        import deepspeed
+
+        self._init_config_if_needed()
+        for unit in (*units, model):
+            materialize(unit, self.root_device, lambda parameter: hasattr(parameter, "ds_id"))
+            # Sends the first process's parameters to all, and keeps a part of each.
+            deepspeed.zero.Init(
+                module=unit, remote_device=self.remote_device, config_dict_or_path=self.config
+            )
+        broadcast_buffers(model, self.root_device)
+
+    @property
+    @override
+    def handles_gradient_accumulation(self) -> bool:
+        return False
+
+    @override
+    def block_backward_sync(self) -> AbstractContextManager[None]:
+        """Do nothing: the engine knows that no step follows."""
+        return nullcontext()
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Tell the engine whether a step follows, and compute the loss."""
+        assert self.lightning_module is not None
+        accumulates = self.lightning_module.trainer.fit_loop._should_accumulate()
+        self.deepspeed_engine.set_gradient_accumulation_boundary(not accumulates)
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Leave the division by the number of micro-batches to Lightning, which has made it."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
