@@ -10,18 +10,19 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.aggregation import MeanMetric
 
 from rslightning import hf
 from rslightning.batch import IGNORED, Batch
+from rslightning.checkpoint import load_adapter
 from rslightning.errors import UserError
 from rslightning.losses import token_nats
 from rslightning.model_folder import absolute_name, find_model_folder
 from rslightning.optimizer import prefer_fused
 from rslightning.output_head import logits_are_of_head, nats_for_logits
 from rslightning.rslora import AdapterSpec, InjectionReport, inject_adapters
-from rslightning.rslora.adapters import check_same_tensors
+from rslightning.rslora.adapters import check_same_tensors, copy_adapter
 from rslightning.rslora.linear import adapter_layers
 from rslightning.rslora.quantized import describe_quantization, is_stored_transposed
 from rslightning.rslora.rounding import allow_merged_orders
@@ -57,6 +58,10 @@ class CausalLMModule(LightningModule):
         quantization: Arguments of transformers' `BitsAndBytesConfig`, as `load_in_4bit`: the frozen
             linear maps are kept in 4 or 8 bit and dequantized where they are used (QLoRA); null
             keeps them in `dtype`.
+        start_from: Where the adapters' first values come from: an adapter folder, a run folder, or
+            a checkpoint of any strategy and number of processes; null draws A and sets B to zero.
+            Step count, optimizer state and data order begin anew: to go on with a run, give its
+            checkpoint as `ckpt_path`.
 
     Logs:
         train/loss: nats per target token, over the micro-batches of each optimizer step.
@@ -65,8 +70,9 @@ class CausalLMModule(LightningModule):
 
     Raises:
         UserError: If the base cannot be loaded or quantized, a target matches nothing, a checkpoint
-            is of another structure, a token id is outside of the base's vocabulary, or a quantized
-            base shall be trained without adapters.
+            or `start_from` is of another structure, a token id is outside of the base's vocabulary,
+            a quantized base shall be trained without adapters, or the strategy shares out weights
+            in a way that is not supported.
     """
 
     model: Any  # a transformers.PreTrainedModel, once configure_model has run
@@ -85,6 +91,7 @@ class CausalLMModule(LightningModule):
         trust_remote_code: bool = False,
         quantization: dict[str, Any] | None = None,
         compile: bool = False,
+        start_from: str | None = None,
     ) -> None:
         super().__init__()
         if isinstance(adapter, Mapping):  # as checkpoints keep it
@@ -96,6 +103,7 @@ class CausalLMModule(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.max_new_tokens, self.trust_remote_code = max_new_tokens, trust_remote_code
         self.quantization, self.compiles = quantization, compile
+        self.start_from = start_from
         if quantization is not None:  # refused now, and not after the data was prepared
             hf.quantization_config(quantization, getattr(torch, dtype))
         # Plain values only, so that every checkpoint opens with weights_only=True.
@@ -113,6 +121,7 @@ class CausalLMModule(LightningModule):
         self.model = None
         self.injection: InjectionReport | None = None
         self.logits_are_of_head = False
+        self._shares_weights = False  # whether this process has a part of them only
         self._measured_step: int | None = None  # when the rounding of W' was measured last
         self.mean_nats = MeanMetric()
         self._window: list[tuple[Tensor, Tensor]] = []  # micro-batches of the open step
@@ -137,13 +146,22 @@ class CausalLMModule(LightningModule):
             self.injection = inject_adapters(model, self.adapter)
             if self.injection.warning:
                 rank_zero_warn(self.injection.warning)
+        if self.start_from is not None:
+            self._take_adapter(model, self.start_from)
         self.logits_are_of_head = logits_are_of_head(model)
         if self.compiles:
             hf.compile_decoder_layers(model)
         if strategy is not None:
             self.logits_are_of_head = strategy.broadcast(self.logits_are_of_head)
             strategy.distribute(model, hf.sharding_units(model))
+            self._shares_weights = True
         self.model = model
+
+    def _take_adapter(self, model: nn.Module, path: str) -> None:
+        if self.adapter is None:
+            raise UserError("start_from needs adapters: give model.adapter a rank.")
+        if not next(model.parameters()).is_meta:  # else another process does
+            copy_adapter(model, load_adapter(path))
 
     def _weight_sharing_strategy(self) -> Any:
         """Return the strategy that keeps a part of the weights in each process; None of others."""
@@ -248,9 +266,12 @@ class CausalLMModule(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the ids [B, max_new_tokens] that greedy decoding writes after each prompt."""
-        if len(batch.input_ids) == 0:  # of several processes, the last may have no row left
-            return batch.input_ids
-        return self.generate(batch)
+        if len(batch.input_ids):
+            return self.generate(batch)
+        if self._shares_weights:  # of several processes, the last may have no row left: it helps
+            some = batch.input_ids.new_zeros(1, 1)
+            self.generate(Batch(some, some, some + 1))
+        return batch.input_ids
 
     @torch.no_grad()
     def generate(self, batch: Batch) -> Tensor:
@@ -261,6 +282,7 @@ class CausalLMModule(LightningModule):
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             use_cache=True,
+            synced_gpus=self._shares_weights,  # each process goes on until all have finished
         )
         return ids[:, batch.input_ids.shape[1] :]
 
@@ -304,7 +326,8 @@ class CausalLMModule(LightningModule):
                     f"The checkpoint has {name} {saved[name]!r}, this run {value!r}; "
                     "set it to the checkpoint's, or start a new run."
                 )
-        check_same_tensors(self.trainable_state(), checkpoint["state_dict"])
+        if "state_dict" in checkpoint:  # DeepSpeed has loaded its own by now
+            check_same_tensors(self.trainable_state(), checkpoint["state_dict"])
         merging = set(checkpoint.get("merges_in_16_bit", ()))
         for path, layer in adapter_layers(self.model):
             layer.merges_in_16_bit = path in merging

@@ -93,6 +93,30 @@ def attach_adapter(model: nn.Module, adapter: Adapter) -> None:
         wrapped[path].lora_b.copy_(layer.lora_b)
 
 
+@torch.no_grad()
+def copy_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Copy the matrices of `adapter` into those that `model` has.
+
+    Raises:
+        UserError: If the modules, their ranks or gammas, or the shapes are not the same.
+    """
+    for path, layer in adapter_layers(model):
+        saved = adapter.layers.get(path)
+        numbers = layer.adapter if saved is None else saved.numbers
+        if (numbers.rank, numbers.gamma) != (layer.rank, layer.gamma):
+            raise UserError(
+                f"{path} has rank {numbers.rank} and gamma {numbers.gamma:g} in the saved adapter, "
+                f"rank {layer.rank} and gamma {layer.gamma:g} in this run: give both the same rank, "
+                "alpha and scaling."
+            )
+    matrices = {
+        f"{path}.{name}": getattr(layer, name)
+        for path, layer in adapter.layers.items()
+        for name in ("lora_a", "lora_b")
+    }
+    load_adapter_state(model, matrices)
+
+
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return name -> parameter of every adapter matrix, under its name in `model`."""
     return {

@@ -38,6 +38,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         super().__init__(stage=stage, **{"exclude_frozen_parameters": True, **options})
         assert isinstance(self.config, dict)
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+        # Of use to DeepSpeed's own log alone; Lightning would ask the training data for it.
+        self.config.setdefault("train_micro_batch_size_per_gpu", 1)
 
     @property
     def shares_weights(self) -> bool:
