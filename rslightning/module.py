@@ -319,18 +319,22 @@ class CausalLMModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another structure; say what else differs."""
-        saved = _structure(checkpoint.get("hyper_parameters", {}))
+        self.refuse_other_structure(checkpoint.get("hyper_parameters", {}))
+        if "state_dict" in checkpoint:  # DeepSpeed has loaded its own by now
+            check_same_tensors(self.trainable_state(), checkpoint["state_dict"])
+        merging = set(checkpoint.get("merges_in_16_bit", ()))
+        for path, layer in adapter_layers(self.model):
+            layer.merges_in_16_bit = path in merging
+
+    def refuse_other_structure(self, hparams: Mapping[str, Any]) -> None:
+        """Raise `UserError` if a checkpoint with these hyperparameters is of another structure."""
+        saved = _structure(hparams)
         for name, value in _structure(self.hparams).items():
             if name in saved and saved[name] != value:
                 raise UserError(
                     f"The checkpoint has {name} {saved[name]!r}, this run {value!r}; "
                     "set it to the checkpoint's, or start a new run."
                 )
-        if "state_dict" in checkpoint:  # DeepSpeed has loaded its own by now
-            check_same_tensors(self.trainable_state(), checkpoint["state_dict"])
-        merging = set(checkpoint.get("merges_in_16_bit", ()))
-        for path, layer in adapter_layers(self.model):
-            layer.merges_in_16_bit = path in merging
 
     def _check_vocabulary(self) -> None:
         """Raise `UserError` if the data (one of ours) has token ids that the base cannot embed."""

@@ -11,7 +11,7 @@ W' is not made.
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from rslightning.rslora.linear import LoRALinear, adapter_layers
 
@@ -28,13 +28,17 @@ def allow_merged_orders(model: nn.Module, dtype: torch.dtype) -> None:
     Reads `SAMPLED_ROWS` rows of each layer, and waits once for the device.
 
     Args:
-        model: A model with adapters; sharded ones are read shard by shard.
+        model: A model with adapters; of a sharded one each process measures its part, and the mean
+            counts.
         dtype: The 16-bit dtype of the products.
     """
     layers = [layer for _, layer in adapter_layers(model) if layer.has_whole_weight()]
     if not layers:
         return
     lost = torch.stack([lost_in_rounding(layer, dtype) for layer in layers])
+    if any(hasattr(layer.weight, "to_local") for layer in layers):  # all shall choose alike
+        distributed.all_reduce(lost)
+        lost /= distributed.get_world_size()
     for layer, share in zip(layers, lost.tolist(), strict=True):
         layer.merges_in_16_bit = share <= MOST_LOST
 

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
-from typing_extensions import final, override
+from typing_extensions import override
 
+from rslightning.deepspeed_checkpoint import DEEPSPEED_CLASSES, TAG, is_deepspeed_folder
+from rslightning.errors import UserError
+from rslightning.safe_load import load_plain
 from rslightning.strategies.materialize import broadcast_buffers, materialize
 
 
@@ -88,6 +92,37 @@ class ZeroStrategy(DeepSpeedStrategy):
         return super().training_step(*args, **kwargs)
 
     @override
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Refuse what DeepSpeed cannot go on from, and what could run code, before it is read."""
+        _check_folder(Path(checkpoint_path), self.world_size, self.zero_stage_3)
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    @override
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Leave the division by the number of micro-batches to Lightning, which has made it."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+
+def _check_folder(path: Path, processes: int, in_parts: bool) -> None:
+    """Raise `UserError` if a checkpoint is not DeepSpeed's, or not that of such a run."""
+    advice = f"or begin anew from its adapters with --model.start_from {path}."
+    if not is_deepspeed_folder(path):
+        raise UserError(
+            f"{path} was not written by DeepSpeed: take the strategy that wrote it, {advice}"
+        )
+    written = len(list((path / TAG).glob("*_optim_states.pt")))
+    if written != processes:
+        raise UserError(
+            f"{path} was written by {written} processes, and DeepSpeed goes on with as many, not "
+            f"with {processes}: start {written}, {advice}"
+        )
+    if in_parts != any((path / TAG).glob("zero_pp_rank_*_model_states.pt")):
+        wrote, now = ("1 or 2", "3") if in_parts else ("3", "1 or 2")
+        raise UserError(
+            f"{path} was written with ZeRO stage {wrote}, from which stage {now} cannot go on: "
+            f"take that stage, {advice}"
+        )
+    for file in (path / TAG).glob("*.pt"):
+        load_plain(file, DEEPSPEED_CLASSES)
