@@ -52,6 +52,33 @@ def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+def put_in_place(aside: Path, path: Path) -> None:
+    """Flush a file or folder to the disk and rename it `path`, in the place of what is there.
+
+    Args:
+        aside: What was written, whole, on the file system of `path`.
+        path: Its name. A file replaces a file in one step; a folder's predecessor keeps its content
+            under another name until the new one is there.
+
+    Raises:
+        OSError: If the file system refuses.
+    """
+    _open_to_others(aside)
+    _flush(aside)
+    if aside.is_dir() or path.is_dir():
+        _move_into_place(aside, path)
+    else:
+        aside.replace(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that it holds, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write `tensors` to the safetensors file `path`; use within `new_folder`."""
     save_file(
@@ -101,7 +128,7 @@ def _open_to_others(folder: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Force the files of `folder` to the disk, so that the rename cannot outrun their bytes."""
+    """Force a file, or all of a folder, to the disk: the rename must not outrun their bytes."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -143,7 +143,14 @@ class MergeAdapters(Callback):
 
     @torch.no_grad()
     def _sample_logits(self, trainer: Trainer, model: Any) -> Tensor | None:
-        """Return the logits of the model in training; None if there is nothing to compute."""
+        """Return the logits of the model in training; None if there is nothing to compute.
+
+        Where its weights are shared out all processes compute them, of the first one's row.
+        """
+        if is_shared_out(model):
+            self._sample = trainer.strategy.broadcast(self._sample)
+        elif not trainer.is_global_zero:
+            return None
         if self._sample is None or getattr(model.config, "is_encoder_decoder", False):
             return None
         in_training = [module for module in model.modules() if module.training]
@@ -255,4 +262,4 @@ def _first_row(batch: Any) -> Tensor | None:
     row = ids[0]
     if isinstance(mask, Tensor) and mask.shape == ids.shape:
         row = row[mask[0].bool()]
-    return row[None].detach().clone()
+    return row[None].detach().clone() if len(row) else None

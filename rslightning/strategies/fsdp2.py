@@ -16,6 +16,17 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from rslightning.errors import UserError
+from rslightning.parts_checkpoint import (
+    META_FILE,
+    STATE,
+    Parts,
+    is_parts_folder,
+    open_parts,
+    read_meta,
+    write_part,
+)
+from rslightning.storage import remove
 from rslightning.strategies.materialize import broadcast_buffers, materialize
 
 
@@ -26,16 +37,27 @@ class FSDP2Strategy(ModelParallelStrategy):
       unit and kept in parts (`torch.distributed.fsdp.fully_shard`). No process holds more than one
       whole unit on its device, and the host holds one copy, for as long as the model is built.
     - A checkpoint is one file with the trainable state and the optimizer's, as a single process or
-      DDP write it: either goes on from the other's, with any number of processes.
+      DDP write it: either goes on from the other's, with any number of processes. The first process
+      gathers it in the host's memory.
 
     Args:
+        save_distributed_checkpoint: Let each process write its own part into a folder instead, for
+            adapters that the first one's host has no room for. Any number of processes goes on.
         timeout: How long a process waits for the others.
     """
 
     shares_weights: Final = True
 
-    def __init__(self, timeout: timedelta | None = default_pg_timeout) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout)
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = False,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            timeout=timeout,
+        )
 
     @override
     def setup_environment(self) -> None:
@@ -64,38 +86,92 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return name -> whole tensor of what is trained, on the first process; else nothing."""
+        """Return name -> tensor of what is trained: whole on the first process, or in parts."""
         assert self.lightning_module is not None
-        trained = (
-            (name, p) for name, p in self.lightning_module.named_parameters() if p.requires_grad
-        )
-        gathered = {name: self._gather(parameter.detach()) for name, parameter in trained}
-        return gathered if self.is_global_zero else {}
+        parameters = self.lightning_module.named_parameters()
+        return self._collect({name: p.detach() for name, p in parameters if p.requires_grad})
 
     @override
     def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
-        """Return the optimizer's state of whole tensors, on the first process; else nothing."""
+        """Return the optimizer's state, its tensors whole on the first process, or in parts."""
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         state = inner.state_dict()
-        state["state"] = {
-            index: {name: self._gather(value) for name, value in entries.items()}
-            for index, entries in state["state"].items()
-        }
-        return state if self.is_global_zero else {}
+        entries = {index: self._collect(values) for index, values in state["state"].items()}
+        return {**state, "state": entries}
 
-    def _gather(self, value: Any) -> Any:
-        """Return a DTensor whole, in the first process's memory; every process enters."""
-        if not isinstance(value, DTensor):
-            return value
-        whole = value.full_tensor()
-        return whole.cpu() if self.is_global_zero else None
+    def _collect(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Gather the tensors of `values` in the first process's memory, one after another."""
+        if self._save_distributed_checkpoint:
+            return dict(values)
+        whole = {}
+        for name, value in values.items():
+            gathered = value.full_tensor() if isinstance(value, DTensor) else value
+            if self.is_global_zero:
+                whole[name] = gathered.cpu() if isinstance(gathered, Tensor) else gathered
+        return whole
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write one file, or each process its part and the first one the rest, last of all."""
+        if not self._save_distributed_checkpoint:
+            Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+            return
+        path = Path(self.broadcast(filepath))
+        if self.is_global_zero:
+            remove(path)  # no part of an older one may be taken for one of this
+            path.mkdir(parents=True)
+        self.barrier()
+        parts = {f"{STATE}{name}": part for name, part in checkpoint.pop("state_dict").items()}
+        for number, saved in enumerate(checkpoint.get("optimizer_states", ())):
+            for index, values in saved["state"].items():
+                for name in [name for name, value in values.items() if _is_cut(value)]:
+                    parts[f"optimizer.{number}.{index}.{name}"] = values.pop(name)
+        local = {name: part.to_local() for name, part in parts.items()}
+        write_part(path, self.global_rank, self.world_size, local)
+        self.barrier()
+        Strategy.save_checkpoint(self, checkpoint, path / META_FILE, storage_options)
 
     @override
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read the file; what it holds is shared out by the methods below."""
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+        """Read the file, or of a folder the part that this process needs.
+
+        Raises:
+            UserError: If the folder is another strategy's, or not complete.
+        """
+        path = Path(checkpoint_path)
+        if not path.is_dir():
+            return Strategy.load_checkpoint(self, path, weights_only)
+        if not is_parts_folder(path):
+            raise UserError(
+                f"{path} was not written by {type(self).__name__}: take the strategy that wrote "
+                f"it, or begin anew from its adapters with --model.start_from {path}."
+            )
+        content = read_meta(path)
+        with open_parts(path) as parts:
+            return {**content, **self._share(content, parts)}
+
+    def _share(self, content: dict[str, Any], parts: Parts) -> dict[str, Any]:
+        """Return this process's part of each tensor, in the place that a file has for it."""
+        assert self.lightning_module is not None
+        parameters = dict(self.lightning_module.named_parameters())
+        state = {
+            name.removeprefix(STATE): _own_part(parts, name, parameters[name.removeprefix(STATE)])
+            for name in parts.names
+            if name.startswith(STATE)
+        }
+        optimizer_states = content.get("optimizer_states", [])
+        for name in [name for name in parts.names if not name.startswith(STATE)]:
+            _, number, index, entry = name.split(".")
+            if int(number) < len(self.optimizers):
+                groups = self.optimizers[int(number)].param_groups
+                parameter = [p for group in groups for p in group["params"]][int(index)]
+                values = optimizer_states[int(number)]["state"].setdefault(int(index), {})
+                values[entry] = _own_part(parts, name, parameter)
+        return {"state_dict": state, "optimizer_states": optimizer_states}
 
     @override
     @torch.no_grad()
@@ -103,8 +179,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Put this process's part of each tensor into its parameter."""
         assert self.lightning_module is not None
         parameters = dict(self.lightning_module.named_parameters())
-        for name, whole in checkpoint["state_dict"].items():
-            parameters[name].copy_(_like(parameters[name], whole))
+        for name, value in checkpoint["state_dict"].items():
+            parameters[name].copy_(_like(parameters[name], value))
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -118,6 +194,22 @@ class FSDP2Strategy(ModelParallelStrategy):
             optimizer.load_state_dict({**saved, "state": state})
 
 
+def _is_cut(value: Any) -> bool:
+    """Tell whether each process has some rows of `value`."""
+    return isinstance(value, DTensor) and value.placements[0].is_shard(0)
+
+
+def _own_part(parts: Parts, name: str, parameter: nn.Parameter) -> DTensor:
+    """Read the rows that this process has of `parameter`."""
+    assert isinstance(parameter, DTensor)
+    mesh = parameter.device_mesh
+    share = -(-len(parameter) // mesh.size())  # as `fully_shard` cuts: the last ones may be short
+    start = share * mesh.get_local_rank()
+    local = parts.rows(name, start, start + len(parameter.to_local()))
+    options = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+    return DTensor.from_local(local.to(parameter.device), mesh, parameter.placements, **options)
+
+
 def _is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
@@ -128,7 +220,8 @@ def _like(parameter: nn.Parameter, value: Any) -> Any:
     Numbers, such as a step count, stay as they are; a tensor of another shape, such as the factors
     of Adafactor's second moment, is kept whole.
     """
-    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.dim() == 0:
+    is_number = not isinstance(value, Tensor) or value.dim() == 0
+    if is_number or isinstance(value, DTensor) or not isinstance(parameter, DTensor):
         return value
     mesh = parameter.device_mesh
     same = value.shape == parameter.shape

@@ -93,3 +93,14 @@ def test_resuming_from_the_last_goes_on_as_if_uninterrupted(
     assert step_of(path) == 9
     for name, tensor in whole.trainable_state().items():
         assert torch.equal(resumed.trainable_state()[name], tensor), name
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+def test_a_resumed_run_does_not_save_within_a_step(make_trainer, make_module, make_data, tmp_path):
+    options = {"accumulate_grad_batches": 2}
+    fit(make_trainer, make_module(), make_data(), TrainableCheckpoint(2), max_steps=2, **options)
+    before = (tmp_path / "checkpoints/step-2.ckpt").read_bytes()
+    options |= {"max_steps": 3, "ckpt_path": tmp_path / "checkpoints/last.ckpt"}
+    fit(make_trainer, make_module(), make_data(), TrainableCheckpoint(2), **options)
+    assert files(tmp_path) == ["last.ckpt", "step-2.ckpt"]
+    assert (tmp_path / "checkpoints/step-2.ckpt").read_bytes() == before
