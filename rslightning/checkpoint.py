@@ -1,34 +1,34 @@
 """Read the trained adapter out of whatever a run left: checkpoint, adapter folder or run folder."""
 
-import pickle
-import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
+from rslightning.deepspeed_checkpoint import is_deepspeed_folder, read_deepspeed_folder
+from rslightning.distributed_checkpoint import is_distributed_folder, read_distributed_folder
 from rslightning.errors import UserError
+from rslightning.parts_checkpoint import is_parts_folder, read_parts_folder
 from rslightning.rslora.adapters import Adapter, LayerAdapter
 from rslightning.rslora.peft_format import CONFIG_FILE, read_adapter
 from rslightning.rslora.quantized import QuantizedBase
 from rslightning.rslora.spec import AdapterSpec, ResolvedAdapter
+from rslightning.safe_load import load_plain
 
 MODEL_PREFIX: Final = "model."
 """Under this name a CausalLMModule keeps the language model."""
 
-GLOBAL: Final = re.compile(r"GLOBAL ([\w.]+)")
+MATRICES: Final = ("lora_a", "lora_b")
 
 
 def load_adapter(path: str | Path) -> Adapter:
     """Return the adapter at `path`.
 
     Args:
-        path: A Lightning checkpoint file, an adapter folder (ours or PEFT's), or a run folder,
-            whose `adapter/` is taken.
+        path: A Lightning checkpoint (file, DeepSpeed folder or sharded folder), an adapter folder
+            (ours or PEFT's), or a run folder, whose `adapter/` is taken.
 
     Raises:
         UserError: If there is none, or it is damaged or of another kind.
@@ -36,38 +36,44 @@ def load_adapter(path: str | Path) -> Adapter:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist.")
-    if path.is_file():
+    if is_checkpoint(path):
         return _from_checkpoint(path)
     for folder in (path, path / "adapter"):
         if (folder / CONFIG_FILE).exists():
             return read_adapter(folder)
     raise UserError(
-        f"{path} is neither a checkpoint file nor a folder with {CONFIG_FILE} or adapter/ in it."
+        f"{path} is neither a checkpoint nor a folder with {CONFIG_FILE} or adapter/ in it."
     )
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether `path` is a file, or a folder that a strategy wrote as a checkpoint."""
+    folders = is_parts_folder, is_deepspeed_folder, is_distributed_folder
+    return path.is_file() or any(is_such(path) for is_such in folders)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return the content of a Lightning checkpoint, opened without running any code from it.
 
+    Of a checkpoint folder, `state_dict` holds the adapter matrices alone, whole and in float32.
+
     Raises:
-        UserError: If the file is damaged, or holds objects that only a pickle could restore.
+        UserError: If it is none, is damaged or incomplete, or holds objects that only a pickle
+            could restore.
     """
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is damaged, incomplete or no checkpoint.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # what is raised depends on the bytes that are found
-        raise UserError(f"{path} cannot be opened: {_reason(error)}.") from None
+    endings = tuple(f".{matrix}" for matrix in MATRICES)
+    if is_parts_folder(path):
+        return read_parts_folder(path)
+    if is_deepspeed_folder(path):
+        return read_deepspeed_folder(path, endings)
+    if is_distributed_folder(path):
+        return read_distributed_folder(path, endings)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, but no checkpoint of DeepSpeed or of FSDP2.")
+    content = load_plain(path)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path} holds no state_dict: it is no Lightning checkpoint.")
     return content
-
-
-def _reason(error: Exception) -> str:
-    """Say why torch refused; its own text advises to run the code after all."""
-    if isinstance(error, pickle.UnpicklingError) and (found := GLOBAL.search(str(error))):
-        return f"it holds {found[1]}, which could run code"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _from_checkpoint(path: Path) -> Adapter:
@@ -104,7 +110,7 @@ def _adapter_spec(path: Path, hparams: Mapping[str, Any]) -> AdapterSpec:
 def _layer(
     name: str, pair: Mapping[str, Tensor], numbers: ResolvedAdapter, transposed: bool
 ) -> LayerAdapter:
-    if set(pair) != {"lora_a", "lora_b"}:
+    if set(pair) != set(MATRICES):
         raise UserError(f"{name} has {', '.join(sorted(pair))} in place of lora_a and lora_b.")
     lora_a, lora_b = pair["lora_a"], pair["lora_b"]
     ranks = (*lora_a.shape[:1], *lora_b.shape[1:])

@@ -67,8 +67,8 @@ def test_nothing_at_the_path(tmp_path):
 
 def test_a_folder_of_something_else(tmp_path):
     assert refused(tmp_path) == (
-        f"{tmp_path} is neither a checkpoint file nor a folder with adapter_config.json or "
-        "adapter/ in it."
+        f"{tmp_path} is neither a checkpoint nor a folder with adapter_config.json or adapter/ "
+        "in it."
     )
 
 

@@ -35,12 +35,27 @@ class ZeroStrategy(DeepSpeedStrategy):
     Args:
         stage: What the processes share out: 1 the optimizer's state, 2 gradients too, 3 weights,
             too.
+        exclude_frozen_parameters: Whether checkpoints leave the frozen base out.
         options: Further arguments of Lightning's `DeepSpeedStrategy`.
+
+    Raises:
+        UserError: If `round_robin_gradients` is on: DeepSpeed 0.19 then gives wrong masters out; or
+            if a run is to go on from a checkpoint that is not such a run's.
     """
 
-    def __init__(self, stage: Literal[1, 2, 3] = 2, **options: Any) -> None:
-        super().__init__(stage=stage, **{"exclude_frozen_parameters": True, **options})
+    def __init__(
+        self,
+        stage: Literal[1, 2, 3] = 2,
+        exclude_frozen_parameters: bool = True,
+        **options: Any,
+    ) -> None:
+        # Written out: jsonargparse reads from this call which options there are.
+        super().__init__(
+            stage=stage, exclude_frozen_parameters=exclude_frozen_parameters, **options
+        )
         assert isinstance(self.config, dict)
+        if self.config.get("zero_optimization", {}).get("round_robin_gradients"):
+            raise UserError("round_robin_gradients is not supported: leave it out of the config.")
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
         # Of use to DeepSpeed's own log alone; Lightning would ask the training data for it.
         self.config.setdefault("train_micro_batch_size_per_gpu", 1)
