@@ -202,14 +202,25 @@ def _loss_bytes(shape: ModelShape, step: TrainingStep) -> int:
 
 
 def _exchange_bytes(shape: ModelShape, step: TrainingStep, gradients: int) -> int:
+    """Return the buckets of gradients, and the weights that are gathered at one time."""
     sharding = step.sharding
-    if sharding.processes == 1:
-        return 0
-    exchange = gradients if sharding.buckets else 0
-    if sharding.weights:
-        layer = max(block.parameters for block in shape.blocks) * step.base_bytes
+    exchange = gradients if sharding.buckets and sharding.processes > 1 else 0
+    if sharding.weights and (sharding.processes > 1 or sharding.weights_on_host):
+        layer = max(_unit_bytes(block, step) for block in shape.blocks)
         exchange += max(2 * layer, shape.embedding * step.base_bytes)
     return exchange
+
+
+def _unit_bytes(block: Block, step: TrainingStep) -> int:
+    """Return the bytes of a layer's weights, adapters included."""
+    ranks = step.ranks or {}
+    adapters = sum(
+        ranks[linear.path] * (linear.in_features + linear.out_features)
+        for linear in block.maps
+        if linear.path in ranks
+    )
+    width = step.compute_bytes if step.sharding.masters else step.adapter_bytes
+    return block.parameters * step.base_bytes + adapters * width
 
 
 def available_memory() -> int:

@@ -7,9 +7,30 @@ from typing import Any, Final
 from rslightning.cost import GIB
 from rslightning.memory import MemoryEstimate, estimate_memory
 from rslightning.plan import MARGIN, Plan
-from rslightning.training_step import Optimizer, Sharding, quantized_bytes, step_operations
+from rslightning.training_step import (
+    Optimizer,
+    Sharding,
+    TrainingStep,
+    quantized_bytes,
+    read_sharding,
+    step_operations,
+)
 
 NF4: Final = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}
+
+STRATEGIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "deepspeed_zero1": ("ZeroStrategy", {"stage": 1}),
+    "deepspeed_zero2": ("ZeroStrategy", {"stage": 2}),
+    "fsdp2": ("FSDP2Strategy", {}),
+    "deepspeed_zero3_offload": (
+        "ZeroStrategy",
+        {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+    ),
+}
+"""Fragment of `configs/strategy` -> its class and arguments, for those that share something out.
+
+ZeRO-3 is not among them: FSDP2 needs about as much memory, and no further package.
+"""
 
 WIDTHS: Final = {part.name: max(8, len(part.name) + 2) for part in fields(MemoryEstimate)}
 """Name of a part -> width of its column."""
@@ -94,7 +115,7 @@ def _describe_switches(plan: Plan, budget: float, best: int) -> Iterator[str]:
 
 def _switches(plan: Plan) -> dict[str, Plan]:
     """Return options of `fit` that need less memory -> the plan with them."""
-    step, sharding = plan.step, plan.step.sharding
+    step = plan.step
     switches: dict[str, Any] = {}
     if not step.activation_checkpointing:
         switches["--model.activation_checkpointing true"] = {"activation_checkpointing": True}
@@ -104,31 +125,23 @@ def _switches(plan: Plan) -> dict[str, Plan]:
     if step.base_bytes == 4:
         option = "--model.dtype bfloat16 --trainer.precision bf16-mixed"
         switches[option] = {"base_bytes": 2, "compute_bytes": 2}
-    if step.map_bytes is None:
+    if step.map_bytes is None and not step.sharding.weights:
         switches["--config configs/quantization/nf4.yaml"] = {"map_bytes": quantized_bytes(NF4)}
     if step.optimizer == Optimizer("AdamW"):
         option = "--model.optimizer bitsandbytes.optim.AdamW8bit"
         switches[option] = {"optimizer": Optimizer("AdamW8bit")}
-    for name, other in _shardings(sharding).items():
-        switches[f"--trainer.strategy {name}"] = {"sharding": other}
+    for name, other in _shardings(step).items():
+        switches[f"--config configs/strategy/{name}.yaml"] = {"sharding": other}
     return {
         option: replace(plan, step=replace(step, **changes)) for option, changes in switches.items()
     }
 
 
-def _shardings(sharding: Sharding) -> dict[str, Sharding]:
-    """Return names of strategies that share out more -> who keeps what under them."""
-    if sharding.weights or sharding.optimizer_on_host:
-        return {}
-    processes, deepspeed = sharding.processes, {"masters": True, "optimizer": True}
-    offload = Sharding(processes, gradients=True, optimizer_on_host=True, **deepspeed)
-    if processes == 1:
-        return {"deepspeed_stage_2_offload": offload}
-    return {
-        "deepspeed_stage_2": Sharding(processes, gradients=True, **deepspeed),
-        "deepspeed_stage_3": Sharding(processes, gradients=True, weights=True, **deepspeed),
-        "deepspeed_stage_2_offload": offload,
-    }
+def _shardings(step: TrainingStep) -> dict[str, Sharding]:
+    """Return names of fragments -> who keeps what; a quantized base is not shared out."""
+    processes = step.sharding.processes
+    found = {name: read_sharding(*strategy, processes) for name, strategy in STRATEGIES.items()}
+    return {name: x for name, x in found.items() if not (x.weights and step.map_bytes)}
 
 
 def _gib(size: float) -> str:

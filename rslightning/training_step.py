@@ -188,28 +188,28 @@ def read_optimizer(name: str, options: Mapping[str, Any]) -> Optimizer:
 
 
 def read_sharding(name: str, options: Mapping[str, Any], processes: int) -> Sharding:
-    """Return who keeps what under a strategy of Lightning.
+    """Return who keeps what under a strategy, one of ours or of Lightning.
 
     Args:
         name: Its registered name, class or class path.
-        options: Its arguments.
+        options: Its arguments, or what DeepSpeed's `zero_optimization` says.
         processes: How many there are.
 
     Raises:
         UserError: If the strategy is not known.
     """
     name = name.rpartition(".")[2]
-    if name.lower().startswith("deepspeed"):
+    if name == "ZeroStrategy" or name.lower().startswith("deepspeed"):
         return _read_deepspeed(name, options, processes)
     if processes == 1:
         return Sharding()
-    if name == "ModelParallelStrategy":
+    if name in ("FSDP2Strategy", "ModelParallelStrategy"):
         return Sharding(processes, optimizer=True, gradients=True, weights=True)
     if name in ("auto", "DDPStrategy") or name.startswith("ddp"):
         return Sharding(processes, buckets=not options.get("gradient_as_bucket_view"))
     raise UserError(
         f"What each process keeps under the strategy {name} is not known here; known are auto, "
-        "ddp, ModelParallelStrategy (FSDP2) and deepspeed_stage_1 to 3."
+        "ddp, FSDP2Strategy, ZeroStrategy, ModelParallelStrategy and deepspeed_stage_1 to 3."
     )
 
 
@@ -217,6 +217,7 @@ def _read_deepspeed(name: str, options: Mapping[str, Any], processes: int) -> Sh
     named = re.fullmatch(r"deepspeed_stage_([123])(_offload)?", name)
     stage = int(named[1]) if named else options.get("stage", 2)
     offload = bool(named and named[2])
+    weights = offload or bool(options.get("offload_parameters") or options.get("offload_param"))
     return Sharding(
         processes,
         optimizer=stage >= 1,
@@ -224,7 +225,7 @@ def _read_deepspeed(name: str, options: Mapping[str, Any], processes: int) -> Sh
         weights=stage >= 3,
         masters=True,
         optimizer_on_host=offload or bool(options.get("offload_optimizer")),
-        weights_on_host=stage >= 3 and (offload or bool(options.get("offload_parameters"))),
+        weights_on_host=stage >= 3 and weights,
     )
 
 

@@ -146,8 +146,8 @@ def test_what_is_shared_out_is_divided(name):
     parts = ("frozen", "trained", "gradients", "optimizer")
     for part, divisor in zip(parts, divisors, strict=True):
         assert getattr(found, part) == getattr(alone, part) // divisor
-    block = read_shape(model.config.to_dict()).blocks[0].parameters * 4
-    exchanged = {"ddp": alone.gradients, "zero3": 2 * block}
+    layer = sum(p.nbytes for p in model.model.layers[0].parameters())  # adapters, too
+    exchanged = {"ddp": alone.gradients, "zero3": 2 * layer}
     assert found.exchange == exchanged.get(name, 0)
     assert alone.exchange == 0
 
@@ -173,6 +173,12 @@ def test_what_is_offloaded_is_the_hosts():
     everything = estimate(model, sharding=Sharding(weights=True, **offload))
     assert (everything.frozen, everything.trained) == (0, 0)
     assert everything.host == alone.optimizer + alone.frozen + alone.trained
+    layer = sum(p.nbytes for p in model.model.layers[0].parameters())
+    assert (everything.exchange, optimizer.exchange) == (2 * layer, 0)  # comes from the host
+    mixed = build("wide MLP", dtype=torch.bfloat16)
+    masters = Sharding(2, optimizer=True, gradients=True, weights=True, masters=True)
+    entries = sum(p.numel() for p in mixed.model.layers[0].parameters())
+    assert estimate(mixed, 2, sharding=masters).exchange == 2 * 2 * entries
 
 
 def test_a_quantized_base_keeps_embeddings_norms_and_head_as_they_are():

@@ -160,6 +160,7 @@ def test_what_else_a_recipe_says(folder):
         ({"devices": "auto"}, None, Sharding()),
         ({"devices": "2", "num_nodes": 3}, None, Sharding(6, buckets=True)),
         ({"devices": [0, 3]}, None, Sharding(2, buckets=True)),
+        ({"devices": 1, "strategy": "auto"}, 8, Sharding(8, buckets=True)),
         ({"devices": 2, "strategy": "deepspeed_stage_1"}, 8, "deepspeed"),
     ],
 )

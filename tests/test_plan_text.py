@@ -3,14 +3,24 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import yaml
 from test_plan import LLAMA, settings
 
 from rslightning.cost import GIB
 from rslightning.plan import read_plan
-from rslightning.plan_text import describe_plan
+from rslightning.plan_text import STRATEGIES, describe_plan
 from rslightning.training_step import Optimizer, Sharding, quantized_bytes, step_operations
+
+FRAGMENTS = Path(__file__).parents[1] / "configs" / "strategy"
+
+
+def fragment(name):
+    """Return the strategy of a fragment."""
+    text = (FRAGMENTS / f"{name}.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)["trainer"]["strategy"]
 
 
 @pytest.fixture
@@ -85,9 +95,13 @@ def test_every_switch_gives_the_rank_of_the_plan_with_it(make):
         "--model.optimizer bitsandbytes.optim.AdamW8bit": replace(
             step, optimizer=Optimizer("AdamW8bit")
         ),
-        "--trainer.strategy deepspeed_stage_2_offload": replace(
+        "--config configs/strategy/deepspeed_zero3_offload.yaml": replace(
             step,
-            sharding=Sharding(optimizer=True, gradients=True, masters=True, optimizer_on_host=True),
+            sharding=Sharding(
+                **dict.fromkeys(("optimizer", "gradients", "weights", "masters"), True),
+                optimizer_on_host=True,
+                weights_on_host=True,
+            ),
         ),
     }
     expected = {
@@ -102,13 +116,39 @@ def test_every_switch_gives_the_rank_of_the_plan_with_it(make):
     assert list(found.values()) == sorted(found.values(), reverse=True)
 
 
-def test_sharding_is_for_several_devices(make):
-    memory = int(make().memory(256).total / 0.9) + 9
-    names = {"--trainer.strategy deepspeed_stage_2", "--trainer.strategy deepspeed_stage_3"}
-    assert not names & {*switches(make(), memory)}
-    assert names <= {*switches(make(devices=8), memory)}
-    sharded = make(devices=8, strategy="deepspeed_stage_3")
-    assert not names & {*switches(sharded, int(sharded.memory(64).total / 0.9) + 9)}
+def fragments(plan, rank):
+    """Return the strategies that are proposed where a rank just fits."""
+    found = switches(plan, int(plan.memory(rank).total / 0.9) + 9)
+    return {option.split("/")[-1] for option in found if "configs/strategy" in option}
+
+
+def test_one_device_shares_with_the_host_alone(make):
+    assert fragments(make(), 256) == {"deepspeed_zero3_offload.yaml"}
+    assert fragments(make(strategy=fragment("deepspeed_zero3_offload")), 256) == set()
+
+
+def test_several_devices_share_among_each_other(make):
+    offload = "deepspeed_zero3_offload.yaml"
+    shared = {"deepspeed_zero1.yaml", "deepspeed_zero2.yaml", "fsdp2.yaml", offload}
+    assert fragments(make(devices=8), 256) == shared
+    first = make(devices=8, strategy=fragment("deepspeed_zero1"))
+    assert fragments(first, 256) == {"fsdp2.yaml", offload}  # a part of the gradients is too little
+    assert fragments(make(devices=8, strategy=fragment("fsdp2")), 64) == {offload}
+    assert fragments(make(devices=8, strategy="deepspeed_stage_3"), 64) == {offload}
+
+
+def test_a_quantized_base_is_not_shared_out(make):
+    quantized = make(devices=8, quantization={"load_in_4bit": True})
+    assert fragments(quantized, 256) == {"deepspeed_zero1.yaml", "deepspeed_zero2.yaml"}
+    sharded = make(devices=8, strategy=fragment("fsdp2"))
+    assert not any("nf4" in x for x in switches(sharded, int(sharded.memory(64).total / 0.9) + 9))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_proposed_fragment_is_there(name):
+    kind, options = STRATEGIES[name]
+    strategy = {"class_path": f"rslightning.strategies.{kind}", "init_args": options}
+    assert {"init_args": {}} | fragment(name) == strategy
 
 
 def test_what_is_already_on_is_no_switch(make):

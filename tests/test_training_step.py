@@ -76,6 +76,13 @@ STRATEGIES = {
     ("lightning.pytorch.strategies.ModelParallelStrategy", 4): Sharding(
         4, optimizer=True, gradients=True, weights=True
     ),
+    ("rslightning.strategies.FSDP2Strategy", 4): Sharding(
+        4, optimizer=True, gradients=True, weights=True
+    ),
+    ("rslightning.strategies.FSDP2Strategy", 1): Sharding(),
+    ("rslightning.strategies.ZeroStrategy", 4): Sharding(
+        4, optimizer=True, gradients=True, masters=True
+    ),
     ("deepspeed_stage_1", 4): Sharding(4, optimizer=True, masters=True),
     ("deepspeed", 4): Sharding(4, optimizer=True, gradients=True, masters=True),
     ("deepspeed_stage_2_offload", 1): Sharding(
@@ -100,8 +107,22 @@ def test_arguments_of_a_strategy():
     assert found == Sharding(4, optimizer_on_host=True, **ZERO3)
 
 
+@pytest.mark.parametrize("weights", ["offload_parameters", "offload_param"])
+def test_arguments_of_our_zero(weights):  # as recipes say it, and as DeepSpeed's own file does
+    name = "rslightning.strategies.ZeroStrategy"
+    assert read_sharding(name, {"stage": 1}, 4) == Sharding(4, optimizer=True, masters=True)
+    options = {"stage": 3, "offload_optimizer": {"device": "cpu"}, weights: {"device": "cpu"}}
+    found = read_sharding(name, options, 4)
+    assert found == Sharding(4, optimizer_on_host=True, weights_on_host=True, **ZERO3)
+    assert not read_sharding(name, options | {"stage": 2}, 4).weights_on_host
+
+
 def test_an_unknown_strategy_is_refused():
-    with pytest.raises(UserError, match="keeps under the strategy fsdp is not known here"):
+    message = (
+        r"keeps under the strategy fsdp is not known here; known are auto, ddp, FSDP2Strategy, "
+        r"ZeroStrategy, ModelParallelStrategy and deepspeed_stage_1 to 3\.$"
+    )
+    with pytest.raises(UserError, match=message):
         read_sharding("fsdp", {}, 4)
 
 
