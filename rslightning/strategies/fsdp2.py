@@ -11,6 +11,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.optim import Optimizer
@@ -43,6 +44,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     Args:
         save_distributed_checkpoint: Let each process write its own part into a folder instead, for
             adapters that the first one's host has no room for. Any number of processes goes on.
+        replicate_nodes: Let each node hold all parts, where there are several: weights are gathered
+            within nodes, and only what the adapters' gradients sum up to crosses between them.
         timeout: How long a process waits for the others.
     """
 
@@ -51,6 +54,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def __init__(
         self,
         save_distributed_checkpoint: bool = False,
+        replicate_nodes: bool = False,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         super().__init__(
@@ -58,6 +62,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             save_distributed_checkpoint=save_distributed_checkpoint,
             timeout=timeout,
         )
+        self.replicate_nodes = replicate_nodes
 
     @override
     def setup_environment(self) -> None:
@@ -72,12 +77,18 @@ class FSDP2Strategy(ModelParallelStrategy):
             model: The whole model.
             units: Parts of it that are sent, and later gathered, one after another.
         """
-        mesh = self.device_mesh["data_parallel"]
+        mesh = self._sharding_mesh()
         for unit in (*units, model):
             for parameter in materialize(unit, self.root_device, _is_sharded):
                 distributed.broadcast(parameter.data, 0)
             fully_shard(unit, mesh=mesh)
         broadcast_buffers(model, self.root_device)
+
+    def _sharding_mesh(self) -> DeviceMesh:
+        if not self.replicate_nodes or self.num_nodes == 1:
+            return self.device_mesh["data_parallel"]
+        shape, names = (self.num_nodes, self.num_processes), ("replicate", "shard")
+        return init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
 
     @property
     @override
@@ -129,7 +140,9 @@ class FSDP2Strategy(ModelParallelStrategy):
                 for name in [name for name, value in values.items() if _is_cut(value)]:
                     parts[f"optimizer.{number}.{index}.{name}"] = values.pop(name)
         local = {name: part.to_local() for name, part in parts.items()}
-        write_part(path, self.global_rank, self.world_size, local)
+        rank, processes = _place(next(iter(parts.values())))
+        if self.global_rank == rank:  # other nodes may have the same
+            write_part(path, rank, processes, local)
         self.barrier()
         Strategy.save_checkpoint(self, checkpoint, path / META_FILE, storage_options)
 
@@ -196,18 +209,24 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 def _is_cut(value: Any) -> bool:
     """Tell whether each process has some rows of `value`."""
-    return isinstance(value, DTensor) and value.placements[0].is_shard(0)
+    return isinstance(value, DTensor) and value.placements[-1].is_shard(0)
+
+
+def _place(tensor: DTensor) -> tuple[int, int]:
+    """Return which of the processes that share out a tensor this is, and how many there are."""
+    mesh = tensor.device_mesh
+    return mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
 
 
 def _own_part(parts: Parts, name: str, parameter: nn.Parameter) -> DTensor:
     """Read the rows that this process has of `parameter`."""
     assert isinstance(parameter, DTensor)
-    mesh = parameter.device_mesh
-    share = -(-len(parameter) // mesh.size())  # as `fully_shard` cuts: the last ones may be short
-    start = share * mesh.get_local_rank()
-    local = parts.rows(name, start, start + len(parameter.to_local()))
-    options = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
-    return DTensor.from_local(local.to(parameter.device), mesh, parameter.placements, **options)
+    rank, processes = _place(parameter)
+    start = rank * -(-len(parameter) // processes)  # as `fully_shard` cuts: the last may be short
+    local = parts.rows(name, start, start + len(parameter.to_local())).to(parameter.device)
+    where = parameter.device_mesh, parameter.placements
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(local, *where, run_check=False, shape=shape, stride=stride)
 
 
 def _is_sharded(tensor: Tensor) -> bool:
