@@ -39,6 +39,10 @@ Why N stands where it does:
   defaults have to a 7B and a 70B Llama. Matrices of fewer than 100,000 entries are gathered once in
   a step (`stage3_param_persistence_threshold`). None of this is in the count, which is a bound.
 
+Where each node has all parts (`replicate_nodes` of FSDP2), P is the processes of a node, and what a
+process has of the gradients' sums, g / P, is summed over the R nodes by an all-reduce besides:
+2 (g / P) N (R - 1) / R.
+
 Verified, by counting the collectives of three CPU processes: all but ZeRO-3 to the byte
 where P divides the rows of all matrices (FSDP2 and DeepSpeed fill up to that); ZeRO-3 as a bound.
 Counted on paper: the ring, for NCCL; how many hosts a ring passes is not in it. Left out: what does
@@ -83,15 +87,16 @@ def step_communication(
     """
     sharding = step.sharding
     whole = estimate_memory(shape, replace(step, sharding=Sharding(masters=sharding.masters)))
-    sent = (sharding.processes - 1) / sharding.processes
-    gradients = whole.gradients * (1 if sharding.weights else 2)
+    sent = (sharding.parts - 1) / sharding.parts
+    between_nodes = 2 * (sharding.replicas - 1) / sharding.replicas / sharding.parts
+    gradients = whole.gradients * (sent * (1 if sharding.weights else 2) + between_nodes)
     weights = 0
     if sharding.weights:
         weights = _gathered_bytes(shape, step, whole.frozen + whole.trained) * micro_batches
     elif sharding.optimizer:
         weights = whole.trained
     return Communication(
-        gradients=sent * gradients * (micro_batches if sharding.gradients else 1),
+        gradients=gradients * (micro_batches if sharding.gradients else 1),
         weights=sent * weights,
     )
 

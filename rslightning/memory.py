@@ -205,7 +205,7 @@ def _exchange_bytes(shape: ModelShape, step: TrainingStep, gradients: int) -> in
     """Return the buckets of gradients, and the weights that are gathered at one time."""
     sharding = step.sharding
     exchange = gradients if sharding.buckets and sharding.processes > 1 else 0
-    if sharding.weights and (sharding.processes > 1 or sharding.weights_on_host):
+    if sharding.weights and (sharding.parts > 1 or sharding.weights_on_host):
         layer = max(_unit_bytes(block, step) for block in shape.blocks)
         exchange += max(2 * layer, shape.embedding * step.base_bytes)
     return exchange

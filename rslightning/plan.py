@@ -133,7 +133,7 @@ def _read_step(config: Config, devices: int | None) -> TrainingStep:
         activation_checkpointing=model["activation_checkpointing"],
         dropout=bool(model["adapter"] and model["adapter"]["dropout"]),
         eager_attention=model["attention"] == "eager",
-        sharding=_read_strategy(trainer["strategy"], devices or _devices(config)),
+        sharding=_read_strategy(trainer, devices or _devices(config)),
         on_cpu=uses_cpu(config),
     )
 
@@ -167,10 +167,12 @@ def _devices(config: Config) -> int:
     return count * trainer["num_nodes"]
 
 
-def _read_strategy(strategy: str | Config, processes: int) -> Sharding:
+def _read_strategy(trainer: Config, processes: int) -> Sharding:
+    strategy, nodes = trainer["strategy"], trainer["num_nodes"]
     if isinstance(strategy, str):
-        return read_sharding(strategy, {}, processes)
-    return read_sharding(strategy["class_path"], strategy.get("init_args") or {}, processes)
+        return read_sharding(strategy, {}, processes, nodes)
+    options = strategy.get("init_args") or {}
+    return read_sharding(strategy["class_path"], options, processes, nodes)
 
 
 def parse_memory(text: str) -> int:

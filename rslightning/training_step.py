@@ -89,6 +89,7 @@ class Sharding:
             copies of them in the optimizer (DeepSpeed).
         optimizer_on_host: Whether the optimizer's state is in the host's memory.
         weights_on_host: Whether weights that no layer uses now are there, too.
+        replicas: How many sets of all parts there are, each shared out by as many processes.
     """
 
     processes: int = 1
@@ -99,10 +100,16 @@ class Sharding:
     masters: bool = False
     optimizer_on_host: bool = False
     weights_on_host: bool = False
+    replicas: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Number of the processes among which a set is shared out."""
+        return self.processes // self.replicas
 
     def share(self, size: int, is_shared: bool) -> int:
         """Return one process's part of some bytes."""
-        return -(-size // self.processes) if is_shared else size
+        return -(-size // self.parts) if is_shared else size
 
 
 @dataclass(frozen=True)
@@ -187,13 +194,16 @@ def read_optimizer(name: str, options: Mapping[str, Any]) -> Optimizer:
     return Optimizer(name.rpartition(".")[2], extra)
 
 
-def read_sharding(name: str, options: Mapping[str, Any], processes: int) -> Sharding:
+def read_sharding(
+    name: str, options: Mapping[str, Any], processes: int, nodes: int = 1
+) -> Sharding:
     """Return who keeps what under a strategy, one of ours or of Lightning.
 
     Args:
         name: Its registered name, class or class path.
         options: Its arguments, or what DeepSpeed's `zero_optimization` says.
         processes: How many there are.
+        nodes: On how many nodes they are.
 
     Raises:
         UserError: If the strategy is not known.
@@ -204,7 +214,8 @@ def read_sharding(name: str, options: Mapping[str, Any], processes: int) -> Shar
     if processes == 1:
         return Sharding()
     if name in ("FSDP2Strategy", "ModelParallelStrategy"):
-        return Sharding(processes, optimizer=True, gradients=True, weights=True)
+        replicas = nodes if options.get("replicate_nodes") else 1
+        return Sharding(processes, optimizer=True, gradients=True, weights=True, replicas=replicas)
     if name in ("auto", "DDPStrategy") or name.startswith("ddp"):
         return Sharding(processes, buckets=not options.get("gradient_as_bucket_view"))
     raise UserError(

@@ -196,3 +196,11 @@ def test_a_step_says_which_order_its_maps_have(make_llama):
     for alone in ({"dropout": True}, {"map_bytes": 0.5}, {"sharding": Sharding(2, weights=True)}):
         assert not TrainingStep(ROWS, LENGTH, ranks, **alone).layer(shape.maps[0]).base
     assert Optimizer() == step.optimizer
+
+
+def test_nodes_that_replicate_share_out_within_themselves():
+    options = {"replicate_nodes": True}
+    sharding = read_sharding("rslightning.strategies.FSDP2Strategy", options, 16, nodes=2)
+    assert (sharding.processes, sharding.parts) == (16, 8)
+    assert sharding.share(1001, is_shared=True) == 126
+    assert read_sharding("FSDP2Strategy", {}, 16, nodes=2).share(1001, is_shared=True) == 63

@@ -56,8 +56,8 @@ class RunSummary(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what will be trained."""
         model = language_model(pl_module)
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in model.parameters()) + _packed_away(model)
+        trainable = sum(_entries(p) for p in model.parameters() if p.requires_grad)
+        total = sum(map(_entries, model.parameters())) + _packed_away(model)
         lines = {
             "base": f"{model.config.name_or_path}, {total - _adapter_size(model):,} parameters",
             "train": f"{trainable:,} parameters ({trainable / total:.2%} of {total:,})",
@@ -131,7 +131,13 @@ def _data_counts(trainer: Trainer) -> dict[str, float]:
 
 
 def _adapter_size(model: torch.nn.Module) -> int:
-    return sum(layer.lora_a.numel() + layer.lora_b.numel() for _, layer in adapter_layers(model))
+    layers = (layer for _, layer in adapter_layers(model))
+    return sum(_entries(layer.lora_a) + _entries(layer.lora_b) for layer in layers)
+
+
+def _entries(parameter: torch.nn.Parameter) -> int:
+    """Return how many entries all processes have together; ZeRO-3 leaves none in the tensor."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _packed_away(model: torch.nn.Module) -> int:
@@ -222,5 +228,7 @@ def _optimizer(optimizer: Any) -> Optimizer:
 
 def _sharding(trainer: Trainer) -> Sharding:
     strategy: Any = trainer.strategy
-    options = (getattr(strategy, "config", None) or {}).get("zero_optimization", {})
-    return read_sharding(type(strategy).__name__, options, trainer.world_size)
+    options = (getattr(strategy, "config", None) or {}).get("zero_optimization", vars(strategy))
+    return read_sharding(
+        type(strategy).__name__, options, trainer.world_size, trainer.num_nodes
+    )
