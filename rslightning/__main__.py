@@ -135,7 +135,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="PATH",
-        help="a checkpoint file, an adapter folder (ours or PEFT's) or a run folder",
+        help="a checkpoint (file or folder), an adapter folder (ours or PEFT's) or a run folder",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="a new folder")
     parser.add_argument(

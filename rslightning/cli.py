@@ -21,6 +21,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -39,11 +40,13 @@ from rslightning.callbacks import (
 )
 from rslightning.callbacks.merge_adapters import run_folder
 from rslightning.callbacks.predictions import WritePredictions
+from rslightning.callbacks.requeue import RequeueOnSignal
 from rslightning.checkpoint import read_checkpoint
 from rslightning.cli_errors import explain
 from rslightning.data import TextDataModule
 from rslightning.data.show import choose_marks, describe_data
 from rslightning.errors import RunError, UserError
+from rslightning.launch import CHILDREN, choose_devices, ending_together, started_processes
 from rslightning.module import CausalLMModule
 from rslightning.plan import choose_rank, device_memory, parse_memory, read_plan
 from rslightning.plan_text import describe_plan
@@ -65,10 +68,10 @@ GROUPS: Final[dict[str, tuple[Any, dict[str, Any] | None]]] = {
 
 DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
-RANK_VARIABLE: Final = "RSLIGHTNING_AUTO_RANK"
-"""Tells the processes that Lightning starts what the first one chose: free memory changes."""
-
 SUBCOMMANDS: Final = ("fit", "validate", "test", "predict")
+
+NAMED_CHECKPOINTS: Final = ("best", "last", "hpc")
+"""Words that Lightning takes in the place of a checkpoint's path."""
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -125,12 +128,15 @@ class RecipeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what `run` was given; Lightning warns of arguments beside `sys.argv`.
 
-        A rank that is `auto` becomes a number here, before anything is built or written.
+        Devices and a rank that are `auto` become numbers here, before anything is built or written.
         """
         self.config = parser.parse_args(args)
         if self.build:
             verb = self.config.get("subcommand")
-            resolve_rank(self.config if verb is None else self.config[verb], verb is not None)
+            config = self.config if verb is None else self.config[verb]
+            if verb is not None:
+                resolve_devices(config)
+            resolve_rank(config, verb is not None)
 
     def instantiate_classes(self) -> None:
         """Build everything; what a class says of its arguments is the user's business."""
@@ -145,10 +151,29 @@ class RecipeCLI(LightningCLI):
             raise UserError(explain(str(error), known_keys())) from error
 
     def before_fit(self) -> None:
-        """Refuse a checkpoint that cannot be read, where Lightning would show a traceback."""
-        _check_checkpoint(self._get(self.config, "ckpt_path"))
+        """Refuse a checkpoint that this run cannot go on from, before anything is built."""
+        path = self._get(self.config, "ckpt_path")
+        content = _check_checkpoint(path)
+        if content is None:
+            return
+        self.model.refuse_other_structure(content.get("hyper_parameters") or {})
+        in_parts = isinstance(self.trainer.strategy, DeepSpeedStrategy | ModelParallelStrategy)
+        if Path(path).is_dir() and not in_parts:
+            raise UserError(
+                f"{path} was written in parts, from which {type(self.trainer.strategy).__name__} "
+                "cannot go on: take the strategy that wrote it, or begin anew from its adapters "
+                f"with --model.start_from {path}."
+            )
 
-    before_validate = before_test = before_predict = before_fit
+    def before_validate(self) -> None:
+        """Take the adapter of the checkpoint alone: of any strategy and number of processes."""
+        path = self._get(self.config, "ckpt_path")
+        _check_checkpoint(path)
+        if path is not None and path not in NAMED_CHECKPOINTS and self.model.adapter is not None:
+            self.model.start_from = path
+            self.config_init[self.subcommand]["ckpt_path"] = None
+
+    before_test = before_predict = before_validate
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the callbacks of all groups that are on."""
@@ -158,13 +183,18 @@ class RecipeCLI(LightningCLI):
         ours += [TensorBoardPanels(), RunSummary()]
         if self.subcommand == "predict":
             ours.append(WritePredictions())
+        started = started_processes(os.environ)
+        if self.subcommand == "fit" and started is not None and started.by == "SLURM":
+            ours.append(RequeueOnSignal())
         if config.get("enable_progress_bar") is not False:
             ours.append(TQDMProgressBar())  # Lightning's choice depends on what else is installed
         if config.get("enable_checkpointing") is False or self.subcommand != "fit":
             ours = [callback for callback in ours if not isinstance(callback, TrainableCheckpoint)]
         if config.get("enable_checkpointing") is None and not _any_checkpoint(ours, config):
             config["enable_checkpointing"] = False  # or Lightning adds one of its own
-        return self._instantiate_trainer(config, ours)
+        trainer = self._instantiate_trainer(config, ours)
+        CHILDREN.watch(trainer.strategy.launcher)
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint silently override the command line.
@@ -189,7 +219,8 @@ def run(arguments: Sequence[str]) -> None:
         UserError: If an option or a configuration is wrong; one sentence, with the nearest name.
         RunError: If the disk is full.
     """
-    _parse(arguments)
+    with ending_together():
+        _parse(arguments)
 
 
 def show_data(arguments: Sequence[str], count: int, ids: bool = False) -> None:
@@ -239,6 +270,21 @@ def show_plan(arguments: Sequence[str], memory: str | None, devices: int | None)
     print("\n".join(describe_plan(read_plan(config, devices), size)))
 
 
+def resolve_devices(config: Namespace) -> None:
+    """Put what torchrun or SLURM started in the place of `trainer.devices` and `num_nodes`.
+
+    Args:
+        config: Options of one verb; changed in place.
+
+    Raises:
+        UserError: If they contradict each other, as `choose_devices` says.
+    """
+    trainer = config.trainer
+    trainer.devices, trainer.num_nodes = choose_devices(
+        trainer.devices, trainer.num_nodes, os.environ
+    )
+
+
 def resolve_rank(config: Namespace, is_run: bool) -> None:
     """Put a number in the place of `model.adapter.rank: auto`: a checkpoint's, or one that fits.
 
@@ -258,17 +304,14 @@ def resolve_rank(config: Namespace, is_run: bool) -> None:
     elif checkpoint is not None:
         adapter.rank = _rank_of_checkpoint(checkpoint)
         rank_zero_info(f"rank: auto is {adapter.rank}, as in {checkpoint}.")
-    elif int(os.environ.get("LOCAL_RANK", 0)) and RANK_VARIABLE in os.environ:
-        adapter.rank = int(os.environ[RANK_VARIABLE])
     else:
         adapter.rank, reason = choose_rank(config.as_dict())
-        os.environ[RANK_VARIABLE] = str(adapter.rank)
         rank_zero_info(reason)
 
 
 def _rank_of_checkpoint(path: str) -> int:
     _check_checkpoint(path)
-    if Path(path).is_file():
+    if path not in NAMED_CHECKPOINTS:
         hparams = read_checkpoint(Path(path)).get("hyper_parameters") or {}
         rank = (hparams.get("adapter") or {}).get("rank")
         if isinstance(rank, int):
@@ -323,13 +366,13 @@ def _config_file(name: str) -> Path:
     return path
 
 
-def _check_checkpoint(path: str | None) -> None:
-    if path is None or path in ("best", "last", "hpc"):
-        return
+def _check_checkpoint(path: str | None) -> dict[str, Any] | None:
+    """Return what a checkpoint holds; None where there is none, or Lightning is to find it."""
+    if path is None or path in NAMED_CHECKPOINTS:
+        return None
     if not Path(path).exists():
         raise UserError(f"There is no checkpoint {path}.")
-    if Path(path).is_file():
-        read_checkpoint(Path(path))
+    return read_checkpoint(Path(path))
 
 
 def known_keys() -> Iterator[str]:

@@ -193,8 +193,9 @@ def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 
 def sharding_units(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """Return the parts of a model that are gathered one after another where its weights are shared
-    out: its decoder layers, its embedding and its head, but for the latter two where they are tied.
+    """Return the parts of a model that are gathered one by one where its weights are shared out.
+
+    These are its decoder layers, and embedding and head where they are not tied.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     ends = [embedding, head] if head is not None else [embedding]

@@ -19,7 +19,7 @@ from rslightning.checkpoint import load_adapter
 from rslightning.errors import UserError
 from rslightning.losses import token_nats
 from rslightning.model_folder import absolute_name, find_model_folder
-from rslightning.optimizer import prefer_fused
+from rslightning.optimizer import prefer_fused, refuse_parts
 from rslightning.output_head import logits_are_of_head, nats_for_logits
 from rslightning.rslora import AdapterSpec, InjectionReport, inject_adapters
 from rslightning.rslora.adapters import check_same_tensors, copy_adapter
@@ -176,6 +176,11 @@ class CausalLMModule(LightningModule):
                 f"A quantized base is not shared out by {type(strategy).__name__}: leave "
                 "quantization out, or take configs/strategy/ddp.yaml."
             )
+        if self.compiles and isinstance(strategy, DeepSpeedStrategy):
+            raise UserError(
+                "model.compile gains nothing under ZeRO-3, which enters each layer at many places: "
+                "leave it out, or take configs/strategy/fsdp2.yaml."
+            )
         return strategy
 
     def forward(self, batch: Batch) -> Tensor:
@@ -289,6 +294,8 @@ class CausalLMModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule over the trainable parameters."""
         optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        if self._trainer is not None:
+            refuse_parts(optimizer, self.trainer.strategy)
         prefer_fused(optimizer)
         if self.make_lr_scheduler is None:
             return optimizer

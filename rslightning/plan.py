@@ -8,14 +8,13 @@ The rsLoRA paper advises "the maximum rank possible given an available memory bu
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from rslightning.cost import GIB
 from rslightning.errors import UserError
-from rslightning.memory import MemoryEstimate, available_memory, estimate_memory
+from rslightning.memory import MemoryEstimate, available_memory, estimate_memory, total_memory
 from rslightning.model_folder import read_model_config
 from rslightning.model_shape import LinearShape, ModelShape, read_shape
 from rslightning.rslora.inject import select_targets
@@ -203,9 +202,11 @@ def choose_rank(config: Config) -> tuple[int, str]:
     plan = read_plan(config)
     total = None if uses_cpu(config) else device_memory()
     where = "of the GPU's memory"
-    if total is None:
-        where = "of this machine's free memory, by all its processes"
-        total = available_memory() // plan.step.sharding.processes
+    if total is None and (processes := plan.step.sharding.processes) > 1:
+        # Not the free memory: each process looks for itself, and all must find the same.
+        where, total = "of this machine's memory, by all processes", total_memory() // processes
+    elif total is None:
+        where, total = "of this machine's free memory", available_memory()
     budget = total * (1 - MARGIN)
     rank = plan.highest_rank(budget)
     if rank is None:

@@ -26,7 +26,9 @@ def write(path, processes, tensors, meta=None):
 @pytest.mark.parametrize("seed", range(12))
 def test_any_rows_come_back(tmp_path, seed):
     draw = random.Random(seed)
-    sizes = {f"t{i}": (draw.randint(1, 9), *[draw.randint(1, 4)] * draw.randint(0, 2)) for i in "ab"}
+    sizes = {
+        f"t{i}": (draw.randint(1, 9), *[draw.randint(1, 4)] * draw.randint(0, 2)) for i in "ab"
+    }
     tensors = {name: torch.randn(size) for name, size in sizes.items()}
     write(tmp_path / "c", draw.randint(1, 5), tensors)
     with open_parts(tmp_path / "c") as parts:

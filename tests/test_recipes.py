@@ -4,16 +4,8 @@ import itertools
 import json
 
 import pytest
-import torch
 import yaml
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPTJConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    Qwen3Config,
-)
+from tiny_recipes import OTHERS, read, stand_ins
 
 from rslightning.__main__ import main
 from rslightning.recipes import find_config, packaged_names, packaged_root
@@ -25,8 +17,12 @@ FRAGMENTS = [name for name in packaged_names() if name.startswith("configs/")]
 def test_all_of_them_are_found():
     root = packaged_root()
     on_disk = [*(root / "recipes").rglob("*.yaml"), *(root / "configs").rglob("*.yaml")]
-    assert len(on_disk) == len(packaged_names()) == 16
+    names = sorted(path.relative_to(root).as_posix() for path in on_disk)
+    assert names == sorted(packaged_names())
     assert len(RECIPES) == 9
+    groups = {name.split("/")[1] for name in FRAGMENTS}
+    assert groups == {"ablation", "debug", "precision", "quantization", "strategy"}
+    assert len(FRAGMENTS) >= 2 * len(groups) - 1
 
 
 @pytest.mark.parametrize("name", packaged_names())
@@ -39,84 +35,15 @@ def test_each_says_its_purpose_and_includes_no_other_file(name):
         assert len(content) == 1  # one subtree
 
 
-SIZES = {
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-}
-OTHERS = {  # the architectures of bases that are no Llamas
-    "EleutherAI/gpt-j-6b": lambda **kind: GPTJConfig(
-        n_embd=24, n_layer=2, n_head=4, n_inner=40, rotary_dim=4, **kind
-    ),
-    "Qwen/Qwen3-4B-Base": lambda **kind: Qwen3Config(**SIZES, tie_word_embeddings=True, **kind),
-    "mistralai/Mistral-7B-Instruct-v0.3": lambda **kind: MistralConfig(**SIZES, **kind),
-}
-TURN_BY_TURN = (  # as Mistral's: users and assistants in turn, nobody else
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turn') }}{% endif %}"
-    "{{ '[INST] ' + m.content + '[/INST]' if m.role == 'user' else ' ' + m.content + eos_token }}"
-    "{% endfor %}"
-)
-
-
-def read(recipe) -> dict:
-    return yaml.safe_load(find_config(recipe).read_text())
-
-
-def save_tiny(config: PreTrainedConfig, tokenizer, folder):
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def models(model_folder, tmp_path_factory):
-    """Return base -> tiny random model of its architecture, the tokenizer with a chat template."""
-    root = tmp_path_factory.mktemp("models")
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    tokenizer.chat_template = TURN_BY_TURN
-    kind = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return {
-        base: save_tiny(make(**kind), tokenizer, root / base.replace("/", "_"))
-        for base, make in OTHERS.items()
-    }
-
-
-def dialogue(index: int) -> dict:
-    turns = [("user", f"Is {index} even?"), ("assistant", "Yes." if index % 2 == 0 else "No.")]
-    turns += [("user", "Sure?"), ("assistant", f"{index} it is.")] * (index % 3)
-    if index % 5 == 4:
-        turns.insert(0, ("system", "Be brief."))
-    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+def options(tmp_path_factory, model_folder, orca_folder, gsm8k_folder):
+    return stand_ins(tmp_path_factory.mktemp("tiny"), model_folder, orca_folder, gsm8k_folder)
 
 
 @pytest.fixture
-def tiny(tmp_path, models, model_folder, orca_folder, gsm8k_folder, monkeypatch):
+def tiny(tmp_path, options, monkeypatch):
     """Return the options that put the tiny model and data in the place of a recipe's."""
     monkeypatch.chdir(tmp_path)
-    text = tmp_path / "lines.txt"
-    text.write_text("A line of text.\n" * 40)
-    chat = tmp_path / "dialogues.jsonl"
-    chat.write_text("".join(json.dumps(dialogue(index)) + "\n" for index in range(40)))
-    folders = {"OpenOrca": orca_folder, "GSM8K": gsm8k_folder, "PlainText": text, "Chat": chat}
-
-    def options(recipe):
-        content = read(recipe)
-        path = folders[content["data"]["class_path"].rpartition(".")[2]]
-        return [
-            f"--model.base_model={models.get(content['model']['base_model'], model_folder)}",
-            "--model.pretrained=true",
-            f"--data.path={path}",
-            "--data.max_length=128",
-            "--data.held_out_examples=5",
-            "--trainer.accelerator=cpu",
-            "--trainer.enable_progress_bar=false",
-        ]
-
     return options
 
 

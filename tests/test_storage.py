@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rslightning.errors import RunError, UserError
-from rslightning.storage import new_folder, open_tensors, save_tensors
+from rslightning.storage import new_folder, open_tensors, put_in_place, remove, save_tensors
 
 
 def names(folder: Path) -> list[str]:
@@ -202,3 +202,24 @@ def test_files_get_the_permissions_of_the_umask(tmp_path):
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new").iterdir()]
     assert modes == [0o640]
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o750
+
+
+@pytest.mark.parametrize("before", [None, "file", "folder"])
+@pytest.mark.parametrize("now", ["file", "folder"])
+def test_what_is_whole_takes_the_place_of_what_was(tmp_path, before, now):
+    def write(path: Path, kind: str | None, text: str) -> None:
+        if kind == "folder":
+            (path / "deep").mkdir(parents=True)
+            (path / "deep" / text).write_text(text)
+        elif kind == "file":
+            path.write_text(text)
+
+    write(tmp_path / "name", before, "old")
+    write(tmp_path / "aside", now, "new")
+    put_in_place(tmp_path / "aside", tmp_path / "name")
+    expected = ["name"] if now == "file" else ["name", "name/deep", "name/deep/new"]
+    assert names(tmp_path) == expected
+    assert (tmp_path / expected[-1]).read_text() == "new"
+    remove(tmp_path / "name")
+    remove(tmp_path / "name")
+    assert names(tmp_path) == []

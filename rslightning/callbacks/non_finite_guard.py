@@ -17,6 +17,10 @@ from typing_extensions import final
 from rslightning.errors import RunError
 
 
+class NonFiniteError(RunError):
+    """A loss or gradient is not finite: all processes of a run raise it at the same step."""
+
+
 @final
 class NonFiniteGuard(Callback):
     """Stop the run at the first optimizer step whose loss or gradient is not finite.
@@ -32,7 +36,7 @@ class NonFiniteGuard(Callback):
     to itself, only the loss is looked at: a gradient then shows one step later, as a loss.
 
     Raises:
-        RunError: If the loss or a gradient is not finite.
+        NonFiniteError: If the loss or a gradient is not finite.
     """
 
     def __init__(self) -> None:
@@ -66,7 +70,7 @@ class NonFiniteGuard(Callback):
         found = finite.amin() if trainer.world_size == 1 else _everywhere(trainer, finite.amin())
         if not bool(found):
             step = trainer.global_step + 1
-            raise RunError(_explain(trainer, pl_module, step, batches, losses))
+            raise NonFiniteError(_explain(trainer, pl_module, step, batches, losses))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -229,6 +229,4 @@ def _optimizer(optimizer: Any) -> Optimizer:
 def _sharding(trainer: Trainer) -> Sharding:
     strategy: Any = trainer.strategy
     options = (getattr(strategy, "config", None) or {}).get("zero_optimization", vars(strategy))
-    return read_sharding(
-        type(strategy).__name__, options, trainer.world_size, trainer.num_nodes
-    )
+    return read_sharding(type(strategy).__name__, options, trainer.world_size, trainer.num_nodes)

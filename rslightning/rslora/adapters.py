@@ -106,8 +106,8 @@ def copy_adapter(model: nn.Module, adapter: Adapter) -> None:
         if (numbers.rank, numbers.gamma) != (layer.rank, layer.gamma):
             raise UserError(
                 f"{path} has rank {numbers.rank} and gamma {numbers.gamma:g} in the saved adapter, "
-                f"rank {layer.rank} and gamma {layer.gamma:g} in this run: give both the same rank, "
-                "alpha and scaling."
+                f"rank {layer.rank} and gamma {layer.gamma:g} in this run: give both the same "
+                "rank, alpha and scaling."
             )
     matrices = {
         f"{path}.{name}": getattr(layer, name)

@@ -193,7 +193,7 @@ def _merge_rows(weight: Tensor, left: Tensor, right: Tensor, merged: Tensor) -> 
     wide = torch.float32 if merged.dtype.itemsize <= 2 else torch.float64
     # Two pieces of memory for all blocks: fresh ones would cost as much as the arithmetic.
     sums = torch.empty(BLOCK_ROWS, weight.shape[1], dtype=wide, device=weight.device)
-    updates = torch.empty(BLOCK_ROWS, weight.shape[1], device=left.device)
+    updates = torch.empty(BLOCK_ROWS, weight.shape[1], dtype=left.dtype, device=left.device)
     squares = []
     for first in range(0, len(weight), BLOCK_ROWS):
         w, part, out = (x[first : first + BLOCK_ROWS] for x in (weight, left, merged))

@@ -1,4 +1,4 @@
-"""FSDP2 as Lightning runs it, with checkpoints of the trainable state in the form of one process's."""
+"""FSDP2 as Lightning runs it, with checkpoints of the trainable state like those of one process."""
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO as Lightning runs it, with what goes wrong there put right."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,6 @@ class ZeroStrategy(DeepSpeedStrategy):
       but Adam's family would see half of it with two micro-batches.
     - Lightning alone says when a step is due, so that `on_before_optimizer_step` runs once in a
       step, and the last step of a pass is made with the micro-batches that are left, as ever.
-    - Checkpoints leave the frozen base out.
     - With stage 3 the model is built as ever, on the first process alone; its parameters are sent
       to the others unit by unit and kept in parts. No process holds more than one whole unit on its
       device, and the host holds one copy, for as long as the model is built.
@@ -115,9 +114,27 @@ class ZeroStrategy(DeepSpeedStrategy):
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Leave frozen weights out under all of their names; DeepSpeed does under the first."""
+        assert self.lightning_module is not None
+        with ExitStack() as stack:
+            if self.exclude_frozen_parameters:
+                handle = self.lightning_module.register_state_dict_post_hook(_drop_frozen)
+                stack.callback(handle.remove)
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Leave the division by the number of micro-batches to Lightning, which has made it."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+
+def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name, parameter in module.named_parameters(prefix[:-1], remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(name, None)
 
 
 def _check_folder(path: Path, processes: int, in_parts: bool) -> None:

@@ -1,8 +1,13 @@
+import os
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 from lightning.pytorch import Callback
 
 from rslightning.callbacks import TrainableCheckpoint
+from rslightning.callbacks.non_finite_guard import NonFiniteError
 
 
 def fit(make_trainer, module, data, *callbacks, ckpt_path=None, **options):
@@ -74,6 +79,64 @@ def test_an_exception_leaves_the_state_before_it(make_trainer, make_module, make
         fit(make_trainer, make_module(), make_data(), TrainableCheckpoint(), Fail(), max_steps=5)
     assert "step-2.ckpt" in files(tmp_path)
     assert step_of(tmp_path / "checkpoints/step-2.ckpt") == 2
+
+
+@pytest.mark.parametrize("dies_in", ["write", "rename"])
+def test_a_process_that_dies_while_it_saves_leaves_the_files_before(
+    make_trainer, make_module, make_data, tmp_path, run_processes, monkeypatch, dies_in
+):
+    def die(*arguments, **options):
+        os._exit(9)
+
+    class DieAtFour(Callback):
+        def on_train_batch_end(self, trainer, *arguments):
+            if trainer.global_step == 3 and dies_in == "write":
+                monkeypatch.setattr(trainer.strategy, "save_checkpoint", half_written)
+            if trainer.global_step == 3 and dies_in == "rename":
+                monkeypatch.setattr(Path, "replace", die)
+
+    def half_written(checkpoint, filepath, storage_options=None):
+        Path(filepath).write_bytes(b"PK half a file")
+        die()
+
+    def run(_):
+        callbacks = [TrainableCheckpoint(2), DieAtFour()]
+        fit(make_trainer, make_module(), make_data(), *callbacks, max_steps=6)
+
+    assert run_processes(1, run) == [9]
+    whole = [name for name in files(tmp_path) if not name.startswith(".")]
+    assert whole == ["last.ckpt", "step-2.ckpt"]
+    assert [step_of(tmp_path / "checkpoints" / name) for name in whole] == [2, 2]
+    resumed = TrainableCheckpoint(2)
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+        fit(make_trainer, make_module(), make_data(), resumed, ckpt_path=last, max_steps=6)
+    assert all(not name.startswith(".") for name in files(tmp_path))
+    assert step_of(tmp_path / "checkpoints" / "last.ckpt") == 6
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(RuntimeError, []), (NonFiniteError, ["last.ckpt", "step-2.ckpt"])],
+)
+def test_several_processes_save_before_an_error_that_all_of_them_have(
+    make_trainer, make_module, make_data, tmp_path, run_processes, error, expected
+):
+    class Raise(Callback):
+        def on_train_batch_start(self, trainer, *arguments):
+            if trainer.global_step == 2:
+                raise error("a fault")
+
+    def run(_):
+        callbacks = [TrainableCheckpoint(), Raise()]
+        options = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
+        with pytest.raises(error):
+            fit(make_trainer, make_module(), make_data(), *callbacks, max_steps=5, **options)
+
+    assert run_processes(2, run) == [0, 0]
+    folder = tmp_path / "checkpoints"
+    assert (files(tmp_path) if folder.exists() else []) == expected
 
 
 # Resuming writes into the folder of the run that it goes on with.
