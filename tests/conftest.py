@@ -226,18 +226,20 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def fork_processes(world_size, function):
+def fork_processes(world_size, function, nodes=1):
     """Fork processes that believe torchrun started them; return their exit codes.
 
-    `function(rank)` runs in each; every Lightning strategy joins them as if launched.
+    `function(rank)` runs in each; every Lightning strategy joins them as if launched, on as many
+    nodes as they are told.
     """
-    port, children = str(free_port()), []
+    port, children, per_node = str(free_port()), [], world_size // nodes
     for rank in range(world_size):
         if (child := os.fork()) == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+            node, local_rank = divmod(rank, per_node)
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+            os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(per_node)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
+            os.environ |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": str(node)}
             try:
                 torch.set_num_threads(1)
                 function(rank)
@@ -249,7 +251,7 @@ def fork_processes(world_size, function):
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_processes():
     """Return the function that forks processes of one group."""
     return fork_processes
