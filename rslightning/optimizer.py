@@ -1,12 +1,44 @@
-"""Which of torch's implementations of an optimizer makes the step."""
+"""Which of torch's implementations of an optimizer makes the step, and which would make another."""
 
-from typing import Final
+from typing import Any, Final
 
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
 
+from rslightning.errors import UserError
+
 FUSED_DEVICES: Final = ("cuda", "cpu")
 """Where one kernel updates all weights; torch has more devices, on which this was not tried."""
+
+OF_MATRICES: Final[dict[type, tuple[str, ...]]] = {
+    DeepSpeedStrategy: ("Adafactor", "Muon"),
+    ModelParallelStrategy: ("Adafactor",),
+}
+"""Strategy -> optimizers that look at whole matrices, where it does not give them any.
+
+DeepSpeed gives an optimizer a part of one vector of all entries, at every stage of ZeRO: without an
+error, Adafactor then trains otherwise. FSDP2's parts know of the whole, but torch 2.13 cannot
+compute Adafactor's column means of them.
+"""
+
+
+def refuse_parts(optimizer: Optimizer, strategy: Any) -> None:
+    """Refuse an optimizer that needs whole matrices under a strategy that does not give it any.
+
+    Args:
+        optimizer: What was asked for.
+        strategy: The Trainer's.
+
+    Raises:
+        UserError: If it would fail, or train otherwise than in a single process.
+    """
+    name = type(optimizer).__name__
+    if any(isinstance(strategy, kind) and name in names for kind, names in OF_MATRICES.items()):
+        raise UserError(
+            f"{name} looks at whole matrices, and {type(strategy).__name__} gives it parts: take "
+            "--model.optimizer torch.optim.AdamW, say, or configs/strategy/ddp.yaml."
+        )
 
 
 def prefer_fused(optimizer: Optimizer) -> None:

@@ -52,7 +52,7 @@ ALLOWED = {
         "output_head",
         "rslora",
     },
-    "optimizer": set(),
+    "optimizer": {"errors"},
     "strategies": {
         "deepspeed_checkpoint",
         "errors",

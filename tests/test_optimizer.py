@@ -4,9 +4,11 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn, optim
 
-from rslightning.optimizer import prefer_fused
+from rslightning.errors import UserError
+from rslightning.optimizer import prefer_fused, refuse_parts
 
 SHAPES = [(5, 7), (11,), (3, 13)]
 SETTINGS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
@@ -214,3 +216,13 @@ def test_the_command_line_chooses(model_folder, orca_folder, tmp_path, monkeypat
         optimizer = cli.model.configure_optimizers()
         found.append((type(optimizer).__name__, optimizer.param_groups[0].get("fused")))
     assert found == [("AdamW", False), ("AdamW8bit", None)]
+
+
+def test_adafactor_is_refused_where_it_gets_parts():
+    adafactor = optim.Adafactor(parameters())
+    with pytest.raises(
+        UserError, match=r"^Adafactor looks at whole matrices, and ModelParallelStr"
+    ):
+        refuse_parts(adafactor, ModelParallelStrategy())
+    refuse_parts(adafactor, DDPStrategy())
+    refuse_parts(optim.AdamW(parameters()), ModelParallelStrategy())

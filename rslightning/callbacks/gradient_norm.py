@@ -82,8 +82,11 @@ class GradientNormMonitor(Callback):
                 "gradient_norm: null."
             )
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what shows only once the model is distributed."""
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what shows only once the model is distributed.
+
+        A validation would leave the root's parameters gathered (FSDP2): look before it.
+        """
         strategy = trainer.strategy
         if isinstance(strategy, DeepSpeedStrategy) and strategy.deepspeed_engine.has_moe_layers:
             raise UserError(

@@ -8,7 +8,10 @@ from torch import Tensor, distributed, nn
 
 @torch.no_grad()
 def materialize(
-    module: nn.Module, device: torch.device, is_ready: Callable[[Tensor], bool]
+    module: nn.Module,
+    device: torch.device,
+    is_ready: Callable[[Tensor], bool],
+    dtype: torch.dtype | None = None,
 ) -> list[nn.Parameter]:
     """Put the parameters of `module` on `device`: the first process its own, others empty memory.
 
@@ -18,6 +21,7 @@ def materialize(
         module: On the first process with weights, on the others with parameters on `meta`.
         device: Where they go.
         is_ready: Tells which parameters were distributed before; they stay as they are.
+        dtype: What floating-point numbers become; None leaves each as it is.
 
     Returns:
         The new parameters, in the same order on every process.
@@ -28,7 +32,9 @@ def materialize(
             if is_ready(parameter):
                 continue
             if parameter not in made:
-                made[parameter] = nn.Parameter(_on(parameter, device), parameter.requires_grad)
+                made[parameter] = nn.Parameter(
+                    _on(parameter, device, dtype), parameter.requires_grad
+                )
             setattr(owner, name, made[parameter])
     return list(made.values())
 
@@ -46,7 +52,8 @@ def broadcast_buffers(model: nn.Module, device: torch.device) -> None:
             setattr(owner, name, whole)
 
 
-def _on(tensor: Tensor, device: torch.device) -> Tensor:
+def _on(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    dtype = dtype if dtype and tensor.is_floating_point() else tensor.dtype
     if tensor.is_meta:
-        return torch.empty_like(tensor, device=device)
-    return tensor.detach().to(device)
+        return torch.empty_like(tensor, device=device, dtype=dtype)
+    return tensor.detach().to(device, dtype)

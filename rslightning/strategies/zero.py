@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from typing_extensions import override
@@ -79,13 +80,22 @@ class ZeroStrategy(DeepSpeedStrategy):
         import deepspeed
 
         self._init_config_if_needed()
+        dtype = self._weight_dtype()
         for unit in (*units, model):
-            materialize(unit, self.root_device, lambda parameter: hasattr(parameter, "ds_id"))
+            materialize(unit, self.root_device, lambda p: hasattr(p, "ds_id"), dtype)
             # Sends the first process's parameters to all, and keeps a part of each.
             deepspeed.zero.Init(
                 module=unit, remote_device=self.remote_device, config_dict_or_path=self.config
             )
         broadcast_buffers(model, self.root_device)
+
+    def _weight_dtype(self) -> torch.dtype:
+        """Return the one dtype that DeepSpeed gives all weights, at every stage."""
+        assert isinstance(self.config, dict)
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            if self.config.get(name, {}).get("enabled"):
+                return dtype
+        return torch.float32
 
     @property
     @override

@@ -2,6 +2,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from rslightning.callbacks import MergeAdapters, RunSummary, TrainableCheckpoint, run_summary
 from rslightning.rslora import AdapterSpec
@@ -44,6 +45,13 @@ def test_ranks_that_differ_are_a_range(make_trainer, make_module, make_data, sai
     spec = AdapterSpec(rank=4, alpha=8.0, rank_pattern={"q_proj": 16})
     fit(make_trainer, make_module(adapter=spec), make_data(), limit_val_batches=0)
     assert "rslora on 14 linear modules: rank 4 to 16, gamma 2 to 4" in said()
+
+
+def test_entries_that_zero_3_keeps_elsewhere_are_counted():
+    parameter = torch.nn.Parameter(torch.empty(0))
+    parameter.ds_numel = 35
+    assert run_summary._entries(parameter) == 35
+    assert run_summary._entries(torch.nn.Parameter(torch.empty(3, 4))) == 12
 
 
 def test_full_fine_tuning_is_called_so(make_trainer, make_module, make_data, said):

@@ -305,3 +305,16 @@ def test_a_merge_records_no_gradient():
     lora_a = torch.ones(2, 7, requires_grad=True)
     merged, _ = merge_weight(torch.ones(70, 7), lora_a, torch.ones(70, 2), 0.5, torch.float32)
     assert not merged.requires_grad
+
+
+def test_the_default_dtype_does_not_matter():
+    torch.manual_seed(0)
+    matrices = torch.randn(70, 7), torch.randn(2, 7), torch.randn(70, 2)
+    expected, numbers = merge_weight(*matrices, 0.5, torch.float32)
+    try:
+        torch.set_default_dtype(torch.bfloat16)  # as Lightning does under bf16-true
+        merged, again = merge_weight(*matrices, 0.5, torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(merged, expected)
+    assert again == numbers
