@@ -181,7 +181,7 @@ def _between(pieces: Sequence[Tensor], start: int, end: int) -> Tensor:
     for piece in pieces:
         found.append(piece[max(start, 0) : max(end, 0)])
         start, end = start - piece.numel(), end - piece.numel()
-    return torch.cat(found).float()
+    return torch.cat(found).detach().float()
 
 
 def _check_weights(path: Path, masters: Mapping[str, Tensor], module: Mapping[str, Tensor]) -> None:

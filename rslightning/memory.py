@@ -3,6 +3,24 @@
 An estimate of the largest number of bytes in tensors at one time, for one process. What the
 libraries take beside them (a CUDA context is about half a GiB) and what the allocator leaves unused
 between them is not in it: leave a margin.
+
+With several processes, beside the parts that each has:
+
+- DDP keeps the gradients in buckets, too.
+- FSDP2 gathers the weights of two layers, the one in use and the next, and has whole gradients of
+  two, the one that is computed and the one that is being summed.
+- DeepSpeed takes buckets for gradients whose size is fixed, however little is trained: two under
+  ZeRO-1 and 2 (`overlap_comm`), from the first gradient of a step to the last, one under ZeRO-3 for
+  good. With Lightning's 200 million entries that is 0.75 and 0.37 GiB in 16 bit. On a CPU only the
+  pages that are written are real; on a GPU all of it is. What is gathered after a step goes where
+  it belongs: `allgather_bucket_size` costs nothing. Its step makes one tensor of a process's part
+  of the gradients, and a float32 one of that: at high ranks this is the peak.
+- ZeRO-1 has whole gradients where a step accumulates them, which is what is estimated, and else a
+  part of them.
+- ZeRO-3 gathers each linear map by itself and keeps it if it is used again soon. Matrices below
+  100,000 entries are kept whole besides (`stage3_param_persistence_threshold`), which is not in it.
+
+DeepSpeed's sizes are taken to be the defaults.
 """
 
 import os
@@ -10,10 +28,20 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Final
 
 from rslightning.cost import CHUNK_BYTES, GIB, kept_entries
 from rslightning.model_shape import Block, ModelShape
 from rslightning.training_step import WIDE, TrainingStep
+
+DEEPSPEED_BUCKET: Final = 200_000_000
+"""Entries of a bucket of gradients (`reduce_bucket_size`), as Lightning sets it."""
+
+DEEPSPEED_REUSE: Final = 1_000_000_000
+"""Entries of weights; what is used again before so many others are stays gathered (ZeRO-3)."""
+
+DEEPSPEED_PREFETCH: Final = 50_000_000
+"""Entries of weights that are gathered ahead (ZeRO-3)."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +54,9 @@ class MemoryEstimate:
         gradients: Gradients of the trained weights.
         optimizer: State of the optimizer.
         activations: What the backward pass needs of the forward pass.
-        work: The larger of what the loss works on (logits of some positions) and what the backward
-            pass of one layer does, with the layer itself where it was recomputed.
+        work: The largest of what the loss works on (logits of some positions), what the backward
+            pass of one layer does, with the layer itself where it was recomputed, and what the
+            optimizer's step takes beyond what is over by then: the activations, the exchange.
         exchange: Gathered weights and buckets, where several processes work together.
         host: Of the host's memory, where the state is kept there; not in `total`.
     """
@@ -76,6 +105,9 @@ def estimate_memory(shape: ModelShape, step: TrainingStep) -> MemoryEstimate:
     if not wide_training:
         state = step.optimizer.state_bytes(matrices, WIDE) + entries * WIDE
         entry_bytes = step.compute_bytes
+    gradients = sharding.share(entries * entry_bytes, sharding.gradients)
+    activations = _activation_bytes(shape, step)
+    exchange = _exchange_bytes(shape, step, entries * entry_bytes)
     frozen = 0 if step.ranks is None else _base_bytes(shape, step)
     weights = {
         "frozen": sharding.share(frozen, sharding.weights),
@@ -85,11 +117,15 @@ def estimate_memory(shape: ModelShape, step: TrainingStep) -> MemoryEstimate:
     host = state * sharding.optimizer_on_host + sum(weights.values()) * sharding.weights_on_host
     return MemoryEstimate(
         **(dict.fromkeys(weights, 0) if sharding.weights_on_host else weights),
-        gradients=sharding.share(entries * entry_bytes, sharding.gradients),
+        gradients=gradients,
         optimizer=0 if sharding.optimizer_on_host else state,
-        activations=_activation_bytes(shape, step),
-        work=max(_loss_bytes(shape, step), _layer_bytes(shape, step)),
-        exchange=_exchange_bytes(shape, step, entries * entry_bytes),
+        activations=activations,
+        work=max(
+            _loss_bytes(shape, step),
+            _layer_bytes(shape, step),
+            _step_bytes(step, entries) - activations - exchange,
+        ),
+        exchange=exchange,
         host=host,
     )
 
@@ -132,6 +168,7 @@ def _layer_bytes(shape: ModelShape, step: TrainingStep) -> int:
     inner = max(block.inner for block in shape.blocks)
     largest = max(linear.entries for block in shape.blocks for linear in block.maps)  # W + BA, or G
     work = (2 * step.tokens * inner + largest) * step.compute_bytes
+    work += _whole_gradients(shape, step)
     if not step.activation_checkpointing:
         return work
     whole = max(_kept_bytes(shape, block, step) for block in shape.blocks)
@@ -201,26 +238,69 @@ def _loss_bytes(shape: ModelShape, step: TrainingStep) -> int:
     return round(min(logits, CHUNK_BYTES) * copies) + gradients
 
 
+def _step_bytes(step: TrainingStep, entries: int) -> int:
+    """Return what DeepSpeed's step makes of a part of the gradients: a tensor, that in float32.
+
+    ZeRO-3 has its bucket then, too.
+    """
+    sharding = step.sharding
+    if not sharding.masters or sharding.optimizer_on_host:
+        return 0
+    copies = step.compute_bytes + (WIDE if step.compute_bytes < WIDE else 0)
+    bucket = DEEPSPEED_BUCKET * step.compute_bytes * sharding.weights
+    return sharding.share(entries * copies, sharding.optimizer) + bucket
+
+
+def _whole_gradients(shape: ModelShape, step: TrainingStep) -> int:
+    """Return the gradients of two layers: one's are computed, those of another summed (FSDP2)."""
+    if not step.sharding.weights or step.sharding.masters:
+        return 0
+    if step.ranks is None:
+        return 2 * max(block.parameters for block in shape.blocks) * step.base_bytes
+    return 2 * max(_adapter_entries(block, step) for block in shape.blocks) * step.adapter_bytes
+
+
 def _exchange_bytes(shape: ModelShape, step: TrainingStep, gradients: int) -> int:
     """Return the buckets of gradients, and the weights that are gathered at one time."""
     sharding = step.sharding
     exchange = gradients if sharding.buckets and sharding.processes > 1 else 0
+    if sharding.masters:  # which takes buckets as large as this, however little is trained
+        exchange += DEEPSPEED_BUCKET * step.compute_bytes * (1 if sharding.weights else 2)
     if sharding.weights and (sharding.parts > 1 or sharding.weights_on_host):
-        layer = max(_unit_bytes(block, step) for block in shape.blocks)
-        exchange += max(2 * layer, shape.embedding * step.base_bytes)
+        exchange += _gathered_bytes(shape, step)
     return exchange
+
+
+def _gathered_bytes(shape: ModelShape, step: TrainingStep) -> int:
+    """Return the weights that are gathered at one time: two layers, or what DeepSpeed keeps.
+
+    ZeRO-3 keeps what is used again before `DEEPSPEED_REUSE` entries of others are. Of the last
+    layers that is in the backward pass, which comes back to them over as many entries. Where layers
+    are recomputed, no more than two were found at the peak.
+    """
+    layers = 2 * max(_unit_bytes(block, step) for block in shape.blocks)
+    layers = max(layers, shape.embedding * step.base_bytes)
+    if not step.sharding.masters or step.activation_checkpointing:
+        return layers
+    largest = max(shape.embedding, *(x.entries for x in shape.maps))
+    kept = (DEEPSPEED_REUSE // 2 + DEEPSPEED_PREFETCH + largest) * step.base_bytes
+    everything = sum(_unit_bytes(block, step) for block in shape.blocks)
+    return max(layers, min(kept, everything))
 
 
 def _unit_bytes(block: Block, step: TrainingStep) -> int:
     """Return the bytes of a layer's weights, adapters included."""
+    width = step.compute_bytes if step.sharding.masters else step.adapter_bytes
+    return block.parameters * step.base_bytes + _adapter_entries(block, step) * width
+
+
+def _adapter_entries(block: Block, step: TrainingStep) -> int:
     ranks = step.ranks or {}
-    adapters = sum(
+    return sum(
         ranks[linear.path] * (linear.in_features + linear.out_features)
         for linear in block.maps
         if linear.path in ranks
     )
-    width = step.compute_bytes if step.sharding.masters else step.adapter_bytes
-    return block.parameters * step.base_bytes + adapters * width
 
 
 def available_memory() -> int:

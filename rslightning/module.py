@@ -228,8 +228,13 @@ class CausalLMModule(LightningModule):
         self._check_vocabulary()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Measure, at steps 1, 2, 4, ..., 64, 128, 192, ..., which layers may merge in 16 bit."""
+        """Measure, at steps 1, 2, 4, ..., 64, 128, 192, ..., which layers may merge in 16 bit.
+
+        And set the step at which the loss is logged to that of the optimizer.
+        """
         step = self.trainer.global_step
+        # Where it writes what is logged; going on from a pass's end Lightning counts one too many.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = step
         due = step & (step - 1) == 0 or step % 64 == 0
         if not due or step == self._measured_step:
             return

@@ -1,15 +1,18 @@
 import copy
+import csv
 import shutil
 from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
 from torch import optim
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from rslightning import CausalLMModule
 from rslightning.batch import IGNORED, Batch
+from rslightning.callbacks import TrainableCheckpoint
 from rslightning.errors import UserError
 from rslightning.losses import token_nats
 from rslightning.rslora import AdapterSpec, adapter_parameters
@@ -517,3 +520,20 @@ def test_batches_of_one_s_own_data_train_too(make_trainer, make_module):
     trainer = make_trainer(max_steps=2)
     trainer.fit(module, loader, loader)
     assert trainer.global_step == 2
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+def test_the_loss_after_a_pass_s_end_is_logged_where_it_belongs(
+    make_trainer, make_module, make_data, tmp_path
+):
+    def fit(steps, folder, ckpt_path=None):
+        logger = CSVLogger(tmp_path / folder, name="", version="")
+        options = {"logger": logger, "log_every_n_steps": 1, "limit_val_batches": 1}
+        saves = {"enable_checkpointing": True, "callbacks": [TrainableCheckpoint(100)]}
+        trainer = make_trainer(max_steps=steps, default_root_dir=tmp_path, **options, **saves)
+        trainer.fit(make_module(), make_data(), ckpt_path=ckpt_path)
+        with (tmp_path / folder / "metrics.csv").open(encoding="utf-8") as file:
+            return [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+    assert fit(6, "first") == [0, 1, 2, 3, 4, 5]  # a pass: 24 rows in batches of 4
+    assert fit(8, "second", tmp_path / "first/checkpoints/last.ckpt") == [6, 7]

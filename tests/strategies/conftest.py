@@ -51,12 +51,12 @@ def fork(places, run_processes, tmp_path_factory):
     """Return the function that forks processes of one group, all imports done before."""
     train(Fit(steps=1), tmp_path_factory.mktemp("warm"), places)
 
-    def forked(processes, function):
+    def forked(processes, function, nodes=1):
         def limited(rank):
             signal.alarm(LONGEST_SECONDS)
             function(rank)
 
-        return run_processes(processes, limited)
+        return run_processes(processes, limited, nodes)
 
     return forked
 
@@ -72,7 +72,7 @@ def run(places, fork, tmp_path_factory):
             folder = tmp_path_factory.mktemp(f"{fit.strategy}-{fit.processes}-")
             # Another seed after a resume: what is restored must not be what is drawn.
             seed = 7 if fit.resume is None else 8
-            codes = fork(fit.processes, lambda _: train(fit, folder, places, seed))
+            codes = fork(fit.processes, lambda _: train(fit, folder, places, seed), fit.nodes)
             assert codes == [0] * fit.processes
             done[fit] = Left(fit, folder)
         return done[fit]

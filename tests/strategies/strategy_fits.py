@@ -45,6 +45,7 @@ class Fit:
         strategy: `single`, one of `STRATEGIES`, `fsdp2_parts`, whose checkpoints are in parts, or
             `upstream2`, Lightning's own ZeRO-2.
         processes: How many share the rows of a batch.
+        nodes: On how many nodes they believe to be.
         base: Folder of the base model, absolute or among the `bases`.
         rank: The adapters'; None is full fine-tuning.
         clip: `gradient_clip_val`.
@@ -58,6 +59,7 @@ class Fit:
 
     strategy: str = "single"
     processes: int = 1
+    nodes: int = 1
     steps: int = 10
     base: str = "llama"
     rank: int | None = 3
@@ -78,7 +80,7 @@ class Fit:
     @property
     def is_of_deepspeed(self) -> bool:
         """Whether DeepSpeed runs it."""
-        return self.strategy[:-1] in ("zero", "upstream")
+        return self.strategy.startswith(("zero", "upstream"))
 
 
 OPTIMIZERS = {
@@ -124,12 +126,18 @@ def make_strategy(fit: Fit) -> Any:
     if fit.is_of_deepspeed:
         cpu = pytest.importorskip("deepspeed_cpu")
         kind = cpu.CPUZeroStrategy if fit.strategy.startswith("zero") else cpu.CPUDeepSpeedStrategy
-        return kind(stage=int(fit.strategy[-1]))
+        offload = dict.fromkeys(("offload_optimizer", "offload_parameters"), True)
+        stage = int(fit.strategy.removesuffix("_offload")[-1])
+        return kind(stage=stage, **(offload if "offload" in fit.strategy else {}))
     makers: dict[str, Callable[[], Any]] = {
         "single": lambda: "auto",
         "ddp": DDPStrategy,
         "fsdp2": FSDP2Strategy,
         "fsdp2_parts": lambda: FSDP2Strategy(save_distributed_checkpoint=True),
+        "fsdp2_nodes": lambda: FSDP2Strategy(replicate_nodes=True),
+        "fsdp2_nodes_parts": lambda: FSDP2Strategy(
+            save_distributed_checkpoint=True, replicate_nodes=True
+        ),
     }
     return makers[fit.strategy]()
 
@@ -175,7 +183,8 @@ def make_fit_trainer(fit: Fit, folder: Path, callbacks: Any, **options: Any) -> 
         callbacks=callbacks,
         enable_checkpointing=fit.save_every > 0,
         strategy=make_strategy(fit),
-        devices=fit.processes,
+        devices=fit.processes // fit.nodes,
+        num_nodes=fit.nodes,
         use_distributed_sampler=False,
         **options,
     )

@@ -63,6 +63,22 @@ def test_parts_of_three_processes(run, strategy):
     assert deviation(matrices(found.checkpoint()), truth) < TOLERANCE
 
 
+def test_nodes_that_hold_all_parts(run):
+    fit = replace(SGD, batch=4)
+    single, found = run(fit), run(replace(fit.under("fsdp2_nodes", 4), nodes=2))
+    assert largest_deviation(found, single, ("train/loss", *NORMS)) < TOLERANCE
+    assert deviation(found.merged, single.merged) < TOLERANCE
+    halves = [found.facts(rank)["state_numbers"] for rank in range(4)]  # SGD's momentum
+    assert halves[:2] == halves[2:]
+    assert sum(halves[:2]) == single.facts()["state_numbers"] > max(halves)
+
+
+def test_parts_in_the_hosts_memory(run):
+    single, found = run(SGD), run(SGD.under("zero3_offload"))
+    assert largest_deviation(found, single, (*LOSSES, *NORMS)) < TOLERANCE
+    assert deviation(found.merged, single.merged) < TOLERANCE
+
+
 @pytest.mark.parametrize("strategy", SHARING)
 def test_activation_checkpointing(run, strategy):
     recomputing = replace(SGD, options=(("activation_checkpointing", True),))
