@@ -48,7 +48,8 @@ class Parts:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return the rows [start, stop) of a tensor; no others are read."""
-        found, first = [], 0
+        found: list[Tensor] = []
+        first = 0
         for file in self._files:
             part = file.get_slice(name)
             size = part.get_shape()[0]
