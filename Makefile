@@ -14,8 +14,8 @@ help: ## List the targets
 quickstart: $(VENV)/.installed ## Fine-tune the packaged tiny model with rsLoRA, offline, in about two minutes
 	$(BIN)/rslightning fit --config recipes/quickstart.yaml
 
-test: $(VENV)/.installed-test ## Run all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-test ## Run all tests, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev ## Check style, format and types
 	$(BIN)/ruff check .
