@@ -8,7 +8,6 @@ from typing import Any, Final, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics.aggregation import MeanMetric
@@ -26,6 +25,7 @@ from rslightning.rslora.adapters import check_same_tensors, copy_adapter
 from rslightning.rslora.linear import adapter_layers
 from rslightning.rslora.quantized import describe_quantization, is_stored_transposed
 from rslightning.rslora.rounding import allow_merged_orders
+from rslightning.strategies.sharing import weight_sharing
 
 STRUCTURE: Final = ("rank", "alpha", "scaling", "targets", "rank_pattern", "alpha_pattern")
 """Fields of an adapter that decide which tensors there are and what they compute."""
@@ -130,7 +130,10 @@ class CausalLMModule(LightningModule):
         """Load the base, inject the adapters; a second call does nothing."""
         if self.model is not None:
             return
-        strategy = self._weight_sharing_strategy()
+        strategy = None  # used without a Trainer
+        if self._trainer is not None:
+            quantized = self.quantization is not None
+            strategy = weight_sharing(self.trainer.strategy, quantized, self.compiles)
         model = hf.load_causal_lm(
             find_model_folder(self.base_model),
             getattr(torch, self.dtype_name),
@@ -162,26 +165,6 @@ class CausalLMModule(LightningModule):
             raise UserError("start_from needs adapters: give model.adapter a rank.")
         if not next(model.parameters()).is_meta:  # else another process does
             copy_adapter(model, load_adapter(path))
-
-    def _weight_sharing_strategy(self) -> Any:
-        """Return the strategy that keeps a part of the weights in each process; None of others."""
-        if self._trainer is None:  # used without one
-            return None
-        strategy: Any = self.trainer.strategy
-        if not getattr(strategy, "shares_weights", False):
-            _refuse_unknown_sharing(strategy)
-            return None
-        if self.quantization is not None:
-            raise UserError(
-                f"A quantized base is not shared out by {type(strategy).__name__}: leave "
-                "quantization out, or take configs/strategy/ddp.yaml."
-            )
-        if self.compiles and isinstance(strategy, DeepSpeedStrategy):
-            raise UserError(
-                "model.compile gains nothing under ZeRO-3, which enters each layer at many places: "
-                "leave it out, or take configs/strategy/fsdp2.yaml."
-            )
-        return strategy
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits [B, T, V] of a batch."""
@@ -368,18 +351,6 @@ class CausalLMModule(LightningModule):
         self.mean_nats.reset()
         self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True)  # the same everywhere
         self.log(f"{stage}/perplexity", loss.exp(), sync_dist=True)
-
-
-def _refuse_unknown_sharing(strategy: Any) -> None:
-    """Raise `UserError` if a strategy shares out weights, and is none of ours.
-
-    What it would share out was built by every process as a whole, or not at all.
-    """
-    name = type(strategy).__name__
-    if isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
-        raise UserError(f"{name} is not supported; take configs/strategy/fsdp2.yaml.")
-    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
-        raise UserError(f"{name} is not supported; take configs/strategy/deepspeed_zero3.yaml.")
 
 
 def _structure(hparams: Mapping[str, Any]) -> dict[str, Any]:

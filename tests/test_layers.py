@@ -51,6 +51,7 @@ ALLOWED = {
         "optimizer",
         "output_head",
         "rslora",
+        "strategies",
     },
     "optimizer": {"errors"},
     "strategies": {
