@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from typing_extensions import override
@@ -40,7 +41,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     Raises:
         UserError: If `round_robin_gradients` is on: DeepSpeed 0.19 then gives wrong masters out; or
-            if a run is to go on from a checkpoint that is not such a run's.
+            there is no CUDA GPU; or a run is to go on from a checkpoint that is not such a run's.
     """
 
     def __init__(
@@ -59,6 +60,17 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
         # Of use to DeepSpeed's own log alone; Lightning would ask the training data for it.
         self.config.setdefault("train_micro_batch_size_per_gpu", 1)
+
+    @override
+    def setup_environment(self) -> None:
+        """Join the processes; Lightning runs DeepSpeed on CUDA alone."""
+        if not isinstance(self.accelerator, CUDAAccelerator):
+            raise UserError(
+                "DeepSpeed needs a CUDA GPU here, and this run has a "
+                f"{type(self.accelerator).__name__}: take configs/strategy/fsdp2.yaml, which "
+                "shares out as much as ZeRO-3 anywhere."
+            )
+        super().setup_environment()
 
     @property
     def shares_weights(self) -> bool:

@@ -11,7 +11,7 @@ from strategy_fits import Fit, make_fit_module
 
 from rslightning.__main__ import main
 from rslightning.errors import UserError
-from rslightning.strategies import FSDP2Strategy
+from rslightning.strategies import FSDP2Strategy, ZeroStrategy
 
 WHOLE = Fit(save_every=5)
 
@@ -111,4 +111,15 @@ def test_a_folder_under_a_strategy_that_writes_files(run, command):
         f"rslightning: {path} was written in parts, from which SingleDeviceStrategy cannot go on: "
         f"take the strategy that wrote it, or begin anew from its adapters with "
         f"--model.start_from {path}."
+    )
+
+
+def test_deepspeed_without_a_gpu(make_trainer, make_module, make_data):
+    pytest.importorskip("deepspeed_cpu")
+    trainer = make_trainer(max_steps=1, strategy=ZeroStrategy(stage=2))
+    with pytest.raises(UserError) as refusal:
+        trainer.fit(make_module(), make_data())
+    assert str(refusal.value) == (
+        "DeepSpeed needs a CUDA GPU here, and this run has a CPUAccelerator: take "
+        "configs/strategy/fsdp2.yaml, which shares out as much as ZeRO-3 anywhere."
     )
