@@ -1,12 +1,16 @@
 """Models, data and paths that several tests use."""
 
+import itertools
 import json
+import math
 import os
 import resource
+import signal
 import socket
 import tempfile
+import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -220,10 +224,32 @@ def make_trainer(tmp_path):
     return partial(quiet_trainer, tmp_path)
 
 
+# Below those that the system gives to any connection, and other ones for each process of tests.
+PORTS = itertools.count(20_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    for port in PORTS:
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("there is no end of numbers")
+
+
+def wait_for(children):
+    """Return the exit codes of processes; when one has failed the others have a minute left."""
+    codes, end = {}, math.inf
+    while len(codes) < len(children):
+        for child in set(children) - set(codes):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > end:
+                os.kill(child, signal.SIGKILL)
+        if any(codes.values()):
+            end = min(end, time.monotonic() + 60)
+        time.sleep(0.01)
+    return [codes[child] for child in children]
 
 
 def fork_processes(world_size, function, nodes=1):
@@ -248,7 +274,7 @@ def fork_processes(world_size, function, nodes=1):
                 traceback.print_exc()
                 os._exit(1)
         children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return wait_for(children)
 
 
 @pytest.fixture(scope="session")
