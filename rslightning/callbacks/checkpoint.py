@@ -51,6 +51,10 @@ class TrainableCheckpoint(ModelCheckpoint):
         A run that goes on from step n would else save it again after its first micro-batch.
         """
         if not trainer.fit_loop._should_accumulate():
+            if trainer.global_step % self._every_n_train_steps == 0:
+                # Lightning does so after the save: were the process killed between the two, the
+                # run that goes on would lack this step's loss.
+                trainer._logger_connector.update_train_step_metrics()
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,7 +75,12 @@ class TrainableCheckpoint(ModelCheckpoint):
             super().on_exception(trainer, pl_module, exception)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """Save under the name of a whole file: the base class writes into what it replaces."""
+        """Save under the name of a whole file: the base class writes into what it replaces.
+
+        What was logged up to here is on its way to the disk before.
+        """
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            logger.save()
         save_whole(trainer, Path(filepath), self.save_weights_only)
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
         for logger in trainer.loggers if trainer.is_global_zero else []:

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rslightning.callbacks import TrainableCheckpoint
 from rslightning.callbacks.non_finite_guard import NonFiniteError
@@ -64,6 +66,32 @@ def test_a_dry_run_leaves_nothing(make_trainer, make_module, make_data, tmp_path
     module, data = make_module(), make_data()
     fit(make_trainer, module, data, TrainableCheckpoint(1), fast_dev_run=True)
     assert list(tmp_path.iterdir()) == []
+
+
+class ReadEvents(Callback):
+    """Note, at each save, the steps whose loss has reached the disk."""
+
+    def __init__(self):
+        self.steps = {}
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        events = EventAccumulator(trainer.log_dir).Reload()
+        self.steps[trainer.global_step] = [e.step for e in events.Scalars("train/loss")]
+
+
+def test_what_was_logged_up_to_a_checkpoint_is_on_the_disk_before_it(
+    make_trainer, make_module, make_data, tmp_path
+):
+    """Else a run that is killed and goes on would lack losses."""
+    reader = ReadEvents()
+    logger = TensorBoardLogger(tmp_path, name=None, version="")
+    options = {"max_steps": 5, "logger": logger, "log_every_n_steps": 1}
+    fit(make_trainer, make_module(), make_data(), TrainableCheckpoint(2), reader, **options)
+    assert {step: sorted(set(steps)) for step, steps in reader.steps.items()} == {
+        2: [0, 1],
+        4: [0, 1, 2, 3],
+        5: [0, 1, 2, 3, 4],
+    }
 
 
 class Fail(Callback):
