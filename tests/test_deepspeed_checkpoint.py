@@ -266,6 +266,33 @@ def test_parts_of_two_steps(written, copied, case):
     )
 
 
+def without_weights(content):
+    content["module"] = {}
+
+
+@pytest.mark.parametrize("case", [Case(1), Case(2, bf16=True)], ids=str)
+def test_a_folder_without_weights(copied, written, case):
+    folder = copied(case)
+    changed(folder / "checkpoint" / STATES[2], without_weights)
+    truth = torch.load(written(case) / "masters.pt")
+    found = read_deepspeed_folder(folder, MATRICES)["state_dict"]
+    assert found.keys() == truth.keys()
+    assert all(torch.equal(found[name], master) for name, master in truth.items())
+    name = ("bf16_" if case.bf16 else "") + PART.format(1)
+    shutil.copy(written(case) / "step-3.ckpt" / "checkpoint" / name, folder / "checkpoint")
+    assert refused(folder).startswith(f"{folder} mixes files of different steps, ")
+
+
+@pytest.mark.parametrize("name", ["model.up.lora_b", "model.down.lora_a"])
+def test_one_weight_that_is_not_its_master_s(copied, name):
+    def change(content):
+        content["module"] = {name: content["module"][name] + 1e-3}
+
+    folder = copied(Case(2))
+    changed(folder / "checkpoint" / STATES[2], change)
+    assert refused(folder).startswith(f"{folder} mixes files of different steps, ")
+
+
 def test_tensor_parallelism(copied):
     folder = copied(Case(2))
     name = "zero_pp_rank_0_mp_rank_01_optim_states.pt"

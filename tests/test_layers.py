@@ -58,6 +58,7 @@ ALLOWED = {
         "deepspeed_checkpoint",
         "errors",
         "parts_checkpoint",
+        "rslora",
         "safe_load",
         "storage",
     },
@@ -72,6 +73,7 @@ ALLOWED = {
         "storage",
         "training_step",
     },
+    "experiments": {"errors", "recipes", "storage"},
     "recipes": {"errors"},
     "verbs": {"assets", "checkpoint", "errors", "model_folder", "rslora", "storage"},
     "cli_errors": set(),
@@ -159,6 +161,10 @@ def modules_after(statement: str) -> set[str]:
         ("import rslightning.stats.distributed", {"lightning", "transformers", "datasets"}),
         ("import rslightning.verbs", {"lightning", "transformers", "datasets"}),
         ("import rslightning.hf", {"lightning", "datasets"}),
+        (
+            "import rslightning.experiments.report",
+            {"torch", "lightning", "transformers", "datasets", "tensorflow", "matplotlib"},
+        ),
     ],
 )
 def test_heavy_libraries_stay_out(statement, absent):

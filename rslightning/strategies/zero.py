@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO as Lightning runs it, with what goes wrong there put right."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -8,11 +8,18 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from rslightning.deepspeed_checkpoint import DEEPSPEED_CLASSES, TAG, is_deepspeed_folder
+from rslightning.deepspeed_checkpoint import (
+    DEEPSPEED_CLASSES,
+    TAG,
+    is_deepspeed_folder,
+    read_deepspeed_folder,
+)
 from rslightning.errors import UserError
+from rslightning.rslora.adapters import check_same_tensors
 from rslightning.safe_load import load_plain
 from rslightning.strategies.materialize import broadcast_buffers, materialize
 
@@ -30,18 +37,24 @@ class ZeroStrategy(DeepSpeedStrategy):
       device, and the host holds one copy, for as long as the model is built.
     - The optimizer state is offloaded to the host with torch's own optimizers, too: no extension of
       DeepSpeed's has to be compiled.
+    - A checkpoint of a model with a frozen base has trained weights once: the float32 masters. Of
+      these 16-bit weights are made again, at every stage, when a run goes on and when it is
+      evaluated; the latter with any number of processes, where Lightning fails under stage 3.
 
     Needs the package `deepspeed`.
 
     Args:
         stage: What the processes share out: 1 the optimizer's state, 2 gradients too, 3 weights,
             too.
-        exclude_frozen_parameters: Whether checkpoints leave the frozen base out.
+        exclude_frozen_parameters: Whether checkpoints leave the frozen base out, and, where there
+            is one, the 16-bit copies of what is trained.
         options: Further arguments of Lightning's `DeepSpeedStrategy`.
 
     Raises:
         UserError: If `round_robin_gradients` is on: DeepSpeed 0.19 then gives wrong masters out; or
-            there is no CUDA GPU; or a run is to go on from a checkpoint that is not such a run's.
+            `load_from_fp32_weights` is off: masters alone have what is trained; or there is no
+            CUDA GPU; or a run is to go on from a checkpoint that is not such a run's; or one is
+            evaluated that has other weights than the model, or a frozen base in parts.
     """
 
     def __init__(
@@ -55,8 +68,11 @@ class ZeroStrategy(DeepSpeedStrategy):
             stage=stage, exclude_frozen_parameters=exclude_frozen_parameters, **options
         )
         assert isinstance(self.config, dict)
-        if self.config.get("zero_optimization", {}).get("round_robin_gradients"):
-            raise UserError("round_robin_gradients is not supported: leave it out of the config.")
+        zero = self.config.get("zero_optimization", {})
+        defaults = {"round_robin_gradients": False, "load_from_fp32_weights": True}
+        for name, default in defaults.items():
+            if zero.get(name, default) != default:
+                raise UserError(f"{name} is not supported: leave it out of the config.")
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
         # Of use to DeepSpeed's own log alone; Lightning would ask the training data for it.
         self.config.setdefault("train_micro_batch_size_per_gpu", 1)
@@ -132,18 +148,47 @@ class ZeroStrategy(DeepSpeedStrategy):
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Refuse what DeepSpeed cannot go on from, and what could run code, before it is read."""
-        _check_folder(Path(checkpoint_path), self.world_size, self.zero_stage_3)
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        path = Path(checkpoint_path)
+        assert self.lightning_module is not None
+        _check_kind(path)
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            return self._load_weights(path, self.lightning_module)
+        _check_folder(path, self.world_size, self.zero_stage_3)
+        content = super().load_checkpoint(path, weights_only)
+        if not self.zero_stage_3:  # which makes its 16-bit weights of masters by itself
+            self.deepspeed_engine.optimizer.update_lp_params()
+        return content
+
+    @torch.no_grad()
+    def _load_weights(self, path: Path, module: nn.Module) -> dict[str, Any]:
+        """Put what is inside into a model without an optimizer; return the rest."""
+        import deepspeed
+
+        content = read_deepspeed_folder(path, ("",))
+        weights = _take_weights(path, content)
+        places: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+        places |= dict(module.named_buffers(remove_duplicate=False))
+        _check_trained(module, weights, places)
+        for name, weight in weights.items():
+            # Under stage 3, each process then keeps its part; under the others this does nothing.
+            with deepspeed.zero.GatheredParameters([places[name]], modifier_rank=0):
+                places[name].copy_(weight)
+        return content
 
     @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Leave frozen weights out under all of their names; DeepSpeed does under the first."""
-        assert self.lightning_module is not None
+        """Leave out frozen weights, and copies of masters, under all of their names."""
+        module = self.lightning_module
+        assert module is not None
+        if self.is_global_zero:
+            _clear(Path(filepath))
+        self.barrier()
+        has_frozen = any(not parameter.requires_grad for parameter in module.parameters())
         with ExitStack() as stack:
-            if self.exclude_frozen_parameters:
-                handle = self.lightning_module.register_state_dict_post_hook(_drop_frozen)
+            if self.exclude_frozen_parameters and has_frozen:
+                handle = module.register_state_dict_post_hook(_drop_restorable)
                 stack.callback(handle.remove)
             super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -153,19 +198,60 @@ class ZeroStrategy(DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
-def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _drop_restorable(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Drop parameters that are frozen, or have a float32 master in the optimizer."""
     for name, parameter in module.named_parameters(prefix[:-1], remove_duplicate=False):
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or hasattr(parameter, "_hp_mapping"):
             state.pop(name, None)
 
 
-def _check_folder(path: Path, processes: int, in_parts: bool) -> None:
-    """Raise `UserError` if a checkpoint is not DeepSpeed's, or not that of such a run."""
-    advice = f"or begin anew from its adapters with --model.start_from {path}."
+def _clear(path: Path) -> None:
+    """Remove the files that are written anew: no older one may be taken for one of them."""
+    for file in (path / "latest", *(path / TAG).glob("*_states.pt")):
+        file.unlink(missing_ok=True)
+
+
+def _take_weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
+    """Return all weights of a checkpoint's content and remove them there; masters come last.
+
+    Raises:
+        UserError: If the frozen base is inside in parts, each in the file of a process.
+    """
+    masters = content.pop("state_dict")
+    weights = {name: weight for name, weight in content.pop("module").items() if weight.numel()}
+    weights = {name: weights[name] for name in weights if name not in masters} | masters
+    if any(name not in weights for name in content.get("frozen_param_shapes") or ()):
+        raise UserError(
+            f"{path} has the frozen base inside, in parts that only a fit puts together: evaluate "
+            f"its adapters with start_from={path}."
+        )
+    return weights
+
+
+def _check_trained(
+    module: nn.Module, weights: Mapping[str, Tensor], places: Container[str]
+) -> None:
+    """Raise `UserError` unless all that the model trains is found, and all found has a place."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    # A parameter of stage 3 has the shape of the whole beside it.
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in trained.items()}
+    expected = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    found = {n: x for n, x in weights.items() if n in trained or n not in places}
+    check_same_tensors(expected, found)
+
+
+def _check_kind(path: Path) -> None:
+    """Raise `UserError` if a checkpoint is not DeepSpeed's."""
     if not is_deepspeed_folder(path):
         raise UserError(
-            f"{path} was not written by DeepSpeed: take the strategy that wrote it, {advice}"
+            f"{path} was not written by DeepSpeed: take the strategy that wrote it, or begin anew "
+            f"from its adapters with --model.start_from {path}."
         )
+
+
+def _check_folder(path: Path, processes: int, in_parts: bool) -> None:
+    """Raise `UserError` if a checkpoint is not that of such a run."""
+    advice = f"or begin anew from its adapters with --model.start_from {path}."
     written = len(list((path / TAG).glob("*_optim_states.pt")))
     if written != processes:
         raise UserError(

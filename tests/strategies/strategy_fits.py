@@ -42,8 +42,9 @@ class Fit:
     """What is run.
 
     Attributes:
-        strategy: `single`, one of `STRATEGIES`, `fsdp2_parts`, whose checkpoints are in parts, or
-            `upstream2`, Lightning's own ZeRO-2.
+        strategy: `single`, one of `STRATEGIES`, `fsdp2_parts`, whose checkpoints are in parts,
+            `upstream2`, Lightning's own ZeRO-2, or `zero1_twice` and `zero2_twice`, whose
+            checkpoints hold trained weights beside their masters.
         processes: How many share the rows of a batch.
         nodes: On how many nodes they believe to be.
         base: Folder of the base model, absolute or among the `bases`.
@@ -126,8 +127,9 @@ def make_strategy(fit: Fit) -> Any:
     if fit.is_of_deepspeed:
         cpu = pytest.importorskip("deepspeed_cpu")
         kind = cpu.CPUZeroStrategy if fit.strategy.startswith("zero") else cpu.CPUDeepSpeedStrategy
+        kind = cpu.CPUTwiceStrategy if fit.strategy.endswith("_twice") else kind
         offload = dict.fromkeys(("offload_optimizer", "offload_parameters"), True)
-        stage = int(fit.strategy.removesuffix("_offload")[-1])
+        stage = int(fit.strategy.partition("_")[0][-1])
         return kind(stage=stage, **(offload if "offload" in fit.strategy else {}))
     makers: dict[str, Callable[[], Any]] = {
         "single": lambda: "auto",
@@ -166,7 +168,9 @@ def make_fit_data(fit: Fit, places: Places) -> OpenOrca:
     )
 
 
-def make_fit_trainer(fit: Fit, folder: Path, callbacks: Any, **options: Any) -> Trainer:
+def make_fit_trainer(
+    fit: Fit, folder: Path, callbacks: Any, strategy: Any = None, **options: Any
+) -> Trainer:
     """Return the Trainer of a fit."""
     return Trainer(
         accelerator="cpu",
@@ -182,7 +186,7 @@ def make_fit_trainer(fit: Fit, folder: Path, callbacks: Any, **options: Any) -> 
         gradient_clip_val=fit.clip,
         callbacks=callbacks,
         enable_checkpointing=fit.save_every > 0,
-        strategy=make_strategy(fit),
+        strategy=strategy or make_strategy(fit),
         devices=fit.processes // fit.nodes,
         num_nodes=fit.nodes,
         use_distributed_sampler=False,

@@ -7,6 +7,7 @@ import torch
 from strategy_fits import STRATEGIES, Fit, deviation, matrices, scalar_deviation
 
 WHOLE = Fit(save_every=5)
+BF16 = replace(WHOLE, precision="bf16-mixed", options=(("dtype", "bfloat16"),))
 HALF = Fit(steps=5, save_every=5)
 TAGS = ("train/loss", "grad_norm/mean", "grad_norm/total", "grad_norm/a", "grad_norm/b")
 AFTER = range(5, 10)
@@ -23,14 +24,39 @@ def resumed(fit, checkpoint):
 @pytest.mark.parametrize("strategy", ["single", *STRATEGIES, "fsdp2_parts"])
 def test_the_same_strategy_goes_on_bit_for_bit(run, strategy):
     whole = run(WHOLE.under(strategy))
-    found = run(resumed(WHOLE.under(strategy), whole.checkpoint("step-5")))
-    for tag in TAGS:
+    assert_goes_on(run, whole, whole.checkpoint("step-5"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_weights_in_bfloat16_are_made_of_their_masters(run, strategy, processes):
+    whole = run(BF16.under(strategy, processes))
+    assert_goes_on(run, whole, whole.checkpoint("step-5"))
+
+
+@pytest.mark.parametrize("fit", [WHOLE, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("strategy", ["zero1", "zero2"])
+def test_a_folder_with_trained_weights_beside_their_masters_goes_on(run, strategy, fit):
+    twice = run(fit.under(f"{strategy}_twice"))
+    assert_goes_on(run, run(fit.under(strategy)), twice.checkpoint("step-5"))
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_full_fine_tuning_goes_on(run, strategy):
+    whole = run(replace(BF16, rank=None, merge=None).under(strategy))
+    assert_goes_on(run, whole, whole.checkpoint("step-5"))
+
+
+def assert_goes_on(run, whole, checkpoint):
+    """Compare what went on from a checkpoint with the run that did not stop."""
+    found = run(resumed(whole.fit, checkpoint))
+    for tag in TAGS if whole.fit.rank else TAGS[:1]:
         assert list(found.scalars[tag]) == list(AFTER)
         assert [found.scalars[tag][step] for step in AFTER] == [
             whole.scalars[tag][step] for step in AFTER
         ]
     assert found.scalars["val/loss"] == {7: whole.scalars["val/loss"][7]}
-    for name, truth in whole.adapter.items():
+    for name, truth in (whole.adapter if whole.fit.merge is not None else {}).items():
         assert torch.equal(found.adapter[name], truth)
     for rank in range(found.fit.processes):
         assert found.facts(rank)["state_numbers"] == whole.facts(rank)["state_numbers"]

@@ -1,10 +1,15 @@
 """DeepSpeed under Lightning: what ours puts right, and what both refuse."""
 
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors.torch import load_file
 from strategy_fits import (
     CLIP,
     Fit,
@@ -16,7 +21,9 @@ from strategy_fits import (
     scalar_deviation,
 )
 
+from rslightning.deepspeed_checkpoint import DEEPSPEED_CLASSES
 from rslightning.errors import UserError
+from rslightning.safe_load import load_plain
 
 cpu = pytest.importorskip("deepspeed_cpu")
 
@@ -57,15 +64,113 @@ def test_the_masters_are_written(run, stage):
     assert scalar_deviation(left, truth, "train/loss") < 0.01
 
 
+# --- what a folder holds --------------------------------------------------------------------------
+
+
+def module_states(checkpoint):
+    """Return what the first process wrote beside the optimizer's state."""
+    [file] = (checkpoint / "checkpoint").glob("*mp_rank_00_model_states.pt")
+    return load_plain(file, DEEPSPEED_CLASSES)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_trained_weights_are_there_once(run, stage, precision):
+    fit = Fit(steps=2, precision=precision, save_every=2, merge=None)
+    checkpoint = run(fit.under(f"zero{stage}")).checkpoint()
+    assert module_states(checkpoint)["module"] == {}
+    twice = module_states(run(fit.under(f"zero{stage}_twice")).checkpoint())["module"]
+    masters = matrices(checkpoint)
+    assert twice.keys() == {f"model.{name}" for name in masters}
+    for name, master in masters.items():
+        weight = twice[f"model.{name}"]
+        assert weight.dtype == (torch.float32 if precision == "32-true" else torch.bfloat16)
+        assert torch.equal(weight, master.to(weight.dtype))
+
+
+def test_the_tool_that_deepspeed_puts_beside_a_folder_reads_it(run):
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    checkpoint = run(WHOLE.under("zero2")).checkpoint()
+    found = get_fp32_state_dict_from_zero_checkpoint(checkpoint, exclude_frozen_parameters=True)
+    truth = matrices(checkpoint)
+    assert found.keys() == {f"model.{name}" for name in truth}
+    assert all(torch.equal(found[f"model.{name}"], master) for name, master in truth.items())
+
+
+def test_full_fine_tuning_keeps_its_weights(run, places):
+    fit = Fit(steps=2, rank=None, optimizer="SGD", save_every=2, merge=None)
+    found = module_states(run(fit.under("zero2")).checkpoint())["module"]
+    base = load_file(places.bases / "llama" / "model.safetensors")
+    assert found.keys() == {f"model.{name}" for name in base}
+    assert not any(torch.equal(found[f"model.{name}"], weight) for name, weight in base.items())
+
+
+def test_a_frozen_base_that_is_not_excluded(run, places, fork, tmp_path):
+    """Then nothing is left out; parts of it are not evaluated."""
+    base = load_file(places.bases / "llama" / "model.safetensors")
+
+    def rank(_):
+        for stage in (2, 3):
+            fit = Fit(steps=1, merge=None).under(f"zero{stage}")
+            path = tmp_path / f"{stage}.ckpt"
+            options = {"stage": stage, "exclude_frozen_parameters": False}
+            with ignoring_deepspeed(fit):
+                trainer = make_fit_trainer(fit, tmp_path, [], cpu.CPUZeroStrategy(**options))
+                module, data = make_fit_module(fit, places), make_fit_data(fit, places)
+                trainer.fit(module, data)
+                if stage == 2:
+                    module.model.lm_head.weight.data.mul_(2)  # what is inside, not the base's own
+                    trainer.save_checkpoint(path)
+                    [living] = trainer.validate(module, data, verbose=False)
+                    other = make_fit_module(fit, places)
+                    assert trainer.validate(other, data, path, verbose=False) == [living]
+                    continue
+                trainer.save_checkpoint(path)
+                with pytest.raises(UserError) as caught:
+                    trainer.validate(make_fit_module(fit, places), data, path, verbose=False)
+            assert str(caught.value) == (
+                f"{path} has the frozen base inside, in parts that only a fit puts together: "
+                f"evaluate its adapters with start_from={path}."
+            )
+
+    assert fork(2, rank) == [0, 0]
+    found = module_states(tmp_path / "2.ckpt")["module"]
+    trained = {f"model.{name}" for name in matrices(tmp_path / "2.ckpt")}
+    frozen = {name for name in found if name not in trained}
+    assert len(frozen) == len(base)
+    assert trained < found.keys()
+
+
+def test_overwriting_begins_with_what_was_there(run, tmp_path, monkeypatch):
+    folder = run(WHOLE.under("zero2")).checkpoint()
+    path = shutil.copytree(folder, tmp_path / "x.ckpt")
+    (path / "checkpoint" / "notes.txt").write_text("somebody's")
+    strategy = cpu.CPUZeroStrategy(stage=2)
+    strategy.connect(LightningModule())
+    monkeypatch.setattr(strategy, "barrier", lambda: None)
+    monkeypatch.setattr(
+        "lightning.pytorch.strategies.DeepSpeedStrategy.save_checkpoint",
+        lambda *_: shutil.copy(next(folder.rglob("*_1_*optim_states.pt")), path / "checkpoint"),
+    )
+    strategy.save_checkpoint({}, path)  # as one that is interrupted when one part is written
+    with pytest.raises(UserError, match="was not written to the end"):
+        matrices(path)
+    assert (path / "checkpoint" / "notes.txt").exists()
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
-def test_a_layout_of_gradients_that_deepspeed_reads_wrongly():
+# A layout of gradients that DeepSpeed reads wrongly; masters of weights that are not saved.
+@pytest.mark.parametrize(
+    ("name", "value"), [("round_robin_gradients", True), ("load_from_fp32_weights", False)]
+)
+def test_an_option_of_deepspeed(name, value):
+    cpu.CPUZeroStrategy(config={"zero_optimization": {name: not value}})
     with pytest.raises(UserError) as caught:
-        cpu.CPUZeroStrategy(config={"zero_optimization": {"round_robin_gradients": True}})
-    assert str(caught.value) == (
-        "round_robin_gradients is not supported: leave it out of the config."
-    )
+        cpu.CPUZeroStrategy(config={"zero_optimization": {name: value}})
+    assert str(caught.value) == f"{name} is not supported: leave it out of the config."
 
 
 def test_clipping_by_value(fork, places, tmp_path):
@@ -81,13 +186,26 @@ def test_clipping_by_value(fork, places, tmp_path):
 
 
 @pytest.fixture
-def refusal(monkeypatch):
+def fitting(monkeypatch):
+    """Return a function that returns the strategy of a fit of so many processes."""
+
+    def strategy(stage, processes):
+        monkeypatch.setattr(cpu.CPUZeroStrategy, "world_size", processes)
+        made = cpu.CPUZeroStrategy(stage=stage)
+        state = SimpleNamespace(fn=TrainerFn.FITTING)
+        made.connect(SimpleNamespace(trainer=SimpleNamespace(state=state)))
+        return made
+
+    return strategy
+
+
+@pytest.fixture
+def refusal(fitting):
     """Return a function that says how a run of so many processes refuses a checkpoint."""
 
     def message(path, stage, processes):
-        monkeypatch.setattr(cpu.CPUZeroStrategy, "world_size", processes)
         with pytest.raises(UserError) as caught:
-            cpu.CPUZeroStrategy(stage=stage).load_checkpoint(path)
+            fitting(stage, processes).load_checkpoint(path)
         return str(caught.value)
 
     return message
@@ -120,13 +238,12 @@ def test_a_folder_of_another_stage(run, refusal, wrote, now):
     )
 
 
-def test_what_is_not_refused(run, refusal, monkeypatch):
-    path = run(WHOLE.under("zero2")).checkpoint()
+def test_what_is_not_refused(run, fitting, monkeypatch):
+    path = run(WHOLE.under("zero3")).checkpoint()
     read = []
     monkeypatch.setattr(
         "lightning.pytorch.strategies.DeepSpeedStrategy.load_checkpoint",
         lambda self, path, weights_only: read.append(path),
     )
-    monkeypatch.setattr(cpu.CPUZeroStrategy, "world_size", 2)
-    cpu.CPUZeroStrategy(stage=2).load_checkpoint(path)
+    fitting(3, 2).load_checkpoint(path)
     assert read == [path]
