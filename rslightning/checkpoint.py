@@ -11,7 +11,7 @@ from rslightning.deepspeed_checkpoint import is_deepspeed_folder, read_deepspeed
 from rslightning.distributed_checkpoint import is_distributed_folder, read_distributed_folder
 from rslightning.errors import UserError
 from rslightning.parts_checkpoint import is_parts_folder, read_parts_folder
-from rslightning.rslora.adapters import Adapter, LayerAdapter
+from rslightning.rslora.adapters import Adapter, LayerAdapter, plain_adapter
 from rslightning.rslora.peft_format import CONFIG_FILE, read_adapter
 from rslightning.rslora.quantized import QuantizedBase
 from rslightning.rslora.spec import AdapterSpec, ResolvedAdapter
@@ -110,7 +110,7 @@ def _adapter_spec(path: Path, hparams: Mapping[str, Any]) -> AdapterSpec:
 def _layer(
     name: str, pair: Mapping[str, Tensor], numbers: ResolvedAdapter, transposed: bool
 ) -> LayerAdapter:
-    if set(pair) != set(MATRICES):
+    if set(pair) - {"lora_e"} != set(MATRICES):
         raise UserError(f"{name} has {', '.join(sorted(pair))} in place of lora_a and lora_b.")
     lora_a, lora_b = pair["lora_a"], pair["lora_b"]
     ranks = (*lora_a.shape[:1], *lora_b.shape[1:])
@@ -119,4 +119,4 @@ def _layer(
             f"{name} has matrices of shape {list(lora_a.shape)} and {list(lora_b.shape)}, which "
             f"are not of the rank {numbers.rank} in its hyperparameters."
         )
-    return LayerAdapter(lora_a, lora_b, numbers, transposed)
+    return plain_adapter(pair, numbers, transposed)

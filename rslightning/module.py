@@ -1,12 +1,13 @@
 """The LightningModule: a Hugging Face causal language model with rsLoRA adapters."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -21,13 +22,22 @@ from rslightning.model_folder import absolute_name, find_model_folder
 from rslightning.optimizer import prefer_fused, refuse_parts
 from rslightning.output_head import logits_are_of_head, nats_for_logits
 from rslightning.rslora import AdapterSpec, InjectionReport, inject_adapters
+from rslightning.rslora.adalora import RankAllocator
 from rslightning.rslora.adapters import check_same_tensors, copy_adapter
 from rslightning.rslora.linear import adapter_layers
 from rslightning.rslora.quantized import describe_quantization, is_stored_transposed
 from rslightning.rslora.rounding import allow_merged_orders
-from rslightning.strategies.sharing import weight_sharing
+from rslightning.strategies.sharing import refuse_shared_gradients, weight_sharing
 
-STRUCTURE: Final = ("rank", "alpha", "scaling", "targets", "rank_pattern", "alpha_pattern")
+STRUCTURE: Final = (
+    "rank",
+    "alpha",
+    "scaling",
+    "targets",
+    "rank_pattern",
+    "alpha_pattern",
+    "allocation",
+)
 """Fields of an adapter that decide which tensors there are and what they compute."""
 
 AUTOCAST_DTYPES: Final = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -67,12 +77,15 @@ class CausalLMModule(LightningModule):
         train/loss: nats per target token, over the micro-batches of each optimizer step.
         train/perplexity: its exponential.
         val/loss, val/perplexity, test/loss, test/perplexity: the same over the whole pass.
+        allocation/budget: ranks that all modules may have together, with `adapter.allocation`.
+        allocation/kept_ranks: ranks whose singular value is not zero after the step.
 
     Raises:
         UserError: If the base cannot be loaded or quantized, a target matches nothing, a checkpoint
             or `start_from` is of another structure, a token id is outside of the base's vocabulary,
-            a quantized base shall be trained without adapters, or the strategy shares out weights
-            in a way that is not supported.
+            a quantized base shall be trained without adapters, the strategy shares out weights in a
+            way that is not supported, or ranks shall be allocated in a run without end or in one
+            whose strategy shares out gradients.
     """
 
     model: Any  # a transformers.PreTrainedModel, once configure_model has run
@@ -123,6 +136,8 @@ class CausalLMModule(LightningModule):
         self.logits_are_of_head = False
         self._shares_weights = False  # whether this process has a part of them only
         self._measured_step: int | None = None  # when the rounding of W' was measured last
+        self._allocator: RankAllocator | None = None
+        self._allocator_state: dict[str, Any] | None = None  # of the checkpoint to go on from
         self.mean_nats = MeanMetric()
         self._window: list[tuple[Tensor, Tensor]] = []  # micro-batches of the open step
 
@@ -132,6 +147,8 @@ class CausalLMModule(LightningModule):
             return
         strategy = None  # used without a Trainer
         if self._trainer is not None:
+            if self.adapter is not None and self.adapter.allocation is not None:
+                refuse_shared_gradients(self.trainer.strategy)
             quantized = self.quantization is not None
             strategy = weight_sharing(self.trainer.strategy, quantized, self.compiles)
         model = hf.load_causal_lm(
@@ -197,6 +214,12 @@ class CausalLMModule(LightningModule):
             raise UserError(
                 "A quantized base is frozen: give model.adapter a rank, or leave quantization out."
             )
+        if self.adapter is not None and self.adapter.allocation is not None:
+            steps = _total_steps(self.trainer)
+            self._allocator = RankAllocator(self.model, self.adapter.allocation, steps)
+            if self._allocator_state is not None:
+                self._allocator.load_state_dict(self._allocator_state)
+                self._allocator_state = None
 
     def on_validation_start(self) -> None:
         """Refuse data of another vocabulary."""
@@ -229,8 +252,12 @@ class CausalLMModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the micro-batch's part of the mean nats per target token of the step."""
         nats, targets = self.nats(batch)
+        loss = nats / (targets.clamp(min=1) if batch.step_targets is None else batch.step_targets)
+        if self._allocator is not None and not self._window:
+            # Once in a step, of a loss that Lightning divides by the number of micro-batches.
+            loss = loss + self.trainer.accumulate_grad_batches * self._allocator.penalty()
         self._window.append((nats.detach(), targets))
-        return nats / (targets.clamp(min=1) if batch.step_targets is None else batch.step_targets)
+        return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the loss over all micro-batches and processes of the step."""
@@ -240,6 +267,28 @@ class CausalLMModule(LightningModule):
         loss = nats / targets.clamp(min=1)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/perplexity", loss.exp())
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Make the step, and allocate ranks by the gradients that it used: unscaled, clipped."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self._allocator is None or self._was_skipped():
+            return
+        budget = self._allocator.update(self.trainer.global_step + 1)
+        self.log("allocation/budget", float(budget))
+        self.log("allocation/kept_ranks", self._allocator.kept_ranks().float())
+
+    def _was_skipped(self) -> bool:
+        """Tell whether float16's scaler has left out the step that was just due."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            return False
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        return not bool(torch.stack(torch._foreach_norm(gradients, math.inf)).isfinite().all())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the pass's mean."""
@@ -309,6 +358,8 @@ class CausalLMModule(LightningModule):
         checkpoint["merges_in_16_bit"] = [
             path for path, layer in adapter_layers(self.model) if layer.merges_in_16_bit
         ]
+        if self._allocator is not None:
+            checkpoint["allocation"] = self._allocator.state_dict()
         if (quantized := describe_quantization(self.model)) is not None:
             checkpoint["quantized"] = asdict(quantized)
 
@@ -317,6 +368,7 @@ class CausalLMModule(LightningModule):
         self.refuse_other_structure(checkpoint.get("hyper_parameters", {}))
         if "state_dict" in checkpoint:  # DeepSpeed has loaded its own by now
             check_same_tensors(self.trainable_state(), checkpoint["state_dict"])
+        self._allocator_state = checkpoint.get("allocation")
         merging = set(checkpoint.get("merges_in_16_bit", ()))
         for path, layer in adapter_layers(self.model):
             layer.merges_in_16_bit = path in merging
@@ -351,6 +403,17 @@ class CausalLMModule(LightningModule):
         self.mean_nats.reset()
         self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True)  # the same everywhere
         self.log(f"{stage}/perplexity", loss.exp(), sync_dist=True)
+
+
+def _total_steps(trainer: Trainer) -> int:
+    """Return how many optimizer steps the run has, by which a schedule of ranks goes."""
+    steps = trainer.estimated_stepping_batches
+    if not 0 < steps < math.inf:
+        raise UserError(
+            f"model.adapter.allocation needs the number of steps, and this run has no end (its "
+            f"trainer says {steps}): set trainer.max_steps."
+        )
+    return int(steps)
 
 
 def _structure(hparams: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,9 +91,14 @@ def read_plan(config: Config, devices: int | None = None) -> Plan:
 
     Raises:
         UserError: If the base model or its family is unknown, a target matches nothing, or the
-            data says neither `batch_size` nor `max_length`.
+            data says neither `batch_size` nor `max_length`, or ranks are to be allocated.
     """
     model, trainer = config["model"], config["trainer"]
+    if model["adapter"] is not None and model["adapter"].get("allocation") is not None:
+        raise UserError(
+            "A plan is for ranks that stay, and model.adapter.allocation takes some away: leave it "
+            "out, and give rank a number."
+        )
     shape = read_shape(read_model_config(model["base_model"]))
     adapter = model["adapter"]
     rank = None if adapter is None else adapter["rank"]

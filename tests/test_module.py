@@ -368,6 +368,7 @@ def test_a_checkpoint_holds_the_trainable_state_in_plain_values(saved):
             "init": "kaiming_uniform",
             "rank_pattern": {},
             "alpha_pattern": {},
+            "allocation": None,
         },
         "dtype": "float32",
         "attention": None,

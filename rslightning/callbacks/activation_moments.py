@@ -214,7 +214,7 @@ def _loss_scale(trainer: Trainer) -> Tensor | None:
 
 
 def _own(layer: LoRALinear) -> list[LowRank]:
-    return [LowRank(_whole(layer.lora_a), _whole(layer.lora_b), layer.gamma)]
+    return [LowRank(_whole(layer.lora_a), _whole(layer.scaled_b), layer.gamma)]
 
 
 def _is_peft_linear(module: nn.Module) -> bool:

@@ -31,7 +31,8 @@ class GradientNormMonitor(Callback):
 
     mean = 1/n \sum_i |G_i|_2, total = sqrt(\sum_i |G_i|_2^2) over the gradients G_i of the n
     trainable adapter tensors (ours or PEFT's); of a module without adapters, over all its trainable
-    parameters. A tensor that got no gradient counts as zero.
+    parameters. A tensor that got no gradient counts as zero. AdaLoRA's E are tensors, too, and its
+    regularizer is part of the gradients; E is neither in `a` nor in `b`.
 
     The gradients are those that the optimizer is about to use: accumulated over micro-batches,
     averaged over processes, without the loss scale of float16, before clipping. In a step that

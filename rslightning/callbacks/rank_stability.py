@@ -200,6 +200,11 @@ def _check_module(trainer: Trainer, module: Any) -> None:
             "rank_stability compares adapters, and model.adapter is null (full fine-tuning): set "
             "rank_stability to null, too."
         )
+    if module.adapter.allocation is not None:
+        raise UserError(
+            "rank_stability compares adapters of ranks that stay: leave model.adapter.allocation "
+            "out, or set rank_stability to null."
+        )
     if getattr(trainer, "datamodule", None) is None:
         raise UserError("rank_stability takes a batch of a DataModule; give one to the Trainer.")
     if "flash" in (module.attention or ""):

@@ -20,6 +20,7 @@ from rslightning.callbacks.scalars import optimizer_step, write_scalars
 from rslightning.errors import UserError
 from rslightning.memory import estimate_memory
 from rslightning.model_shape import read_shape
+from rslightning.rslora.adapters import adapter_parameters
 from rslightning.rslora.linear import LoRALinear, adapter_layers
 from rslightning.rslora.quantized import is_quantized
 from rslightning.training_step import (
@@ -61,7 +62,7 @@ class RunSummary(Callback):
         lines = {
             "base": f"{model.config.name_or_path}, {total - _adapter_size(model):,} parameters",
             "train": f"{trainable:,} parameters ({trainable / total:.2%} of {total:,})",
-            "adapters": _describe_adapters(model),
+            "adapters": _describe_adapters(pl_module, model),
             "step": _describe_step(trainer),
             "optimizer": ", ".join(_describe_optimizer(o) for o in trainer.optimizers),
             "memory": _describe_memory(trainer, pl_module),
@@ -131,8 +132,7 @@ def _data_counts(trainer: Trainer) -> dict[str, float]:
 
 
 def _adapter_size(model: torch.nn.Module) -> int:
-    layers = (layer for _, layer in adapter_layers(model))
-    return sum(_entries(layer.lora_a) + _entries(layer.lora_b) for layer in layers)
+    return sum(map(_entries, adapter_parameters(model).values()))
 
 
 def _entries(parameter: torch.nn.Parameter) -> int:
@@ -146,15 +146,15 @@ def _packed_away(model: torch.nn.Module) -> int:
     return sum(x.in_features * x.out_features - x.weight.numel() for x in layers)
 
 
-def _describe_adapters(model: torch.nn.Module) -> str:
+def _describe_adapters(module: LightningModule, model: torch.nn.Module) -> str:
     layers = [layer for _, layer in adapter_layers(model)]
     if not layers:
         return "none (full fine-tuning)"
-    first = layers[0].adapter
-    return (
-        f"{first.scaling} on {len(layers)} linear modules: rank {_range(layers, 'rank')}, "
-        f"gamma {_range(layers, 'gamma')}"
-    )
+    method, rank = layers[0].adapter.scaling, _range(layers, "rank")
+    allocation = getattr(getattr(module, "adapter", None), "allocation", None)
+    if allocation is not None:
+        method, rank = f"adalora ({method})", f"{rank} -> {allocation.target_rank} on average"
+    return f"{method} on {len(layers)} linear modules: rank {rank}, gamma {_range(layers, 'gamma')}"
 
 
 def _range(layers: list[LoRALinear], name: str) -> str:
@@ -189,6 +189,8 @@ def _describe_memory(trainer: Trainer, module: LightningModule) -> str | None:
     if not _micro_batch_tokens(trainer):
         return None
     model = language_model(module)
+    if any(layer.lora_e is not None for _, layer in adapter_layers(model)):
+        return "not estimated: an allocation keeps scores of its own"
     try:
         shape = read_shape(model.config.to_dict())
         return f"about {estimate_memory(shape, _training_step(trainer, module, model))}"

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from rslightning.errors import UserError
+from rslightning.rslora.adalora import fold_values, spread_values
 from rslightning.rslora.inject import refuse_adapted, wrap_linears
-from rslightning.rslora.linear import adapter_layers, linear_features
+from rslightning.rslora.linear import LoRALinear, adapter_layers, linear_features
 from rslightning.rslora.quantized import QuantizedBase, describe_quantization, is_stored_transposed
 from rslightning.rslora.spec import ResolvedAdapter
 
@@ -52,6 +53,8 @@ def collect_adapter(
 ) -> Adapter:
     """Return the adapters of `model`, sharing its memory.
 
+    Those with singular values become plain ones, of the ranks that are left: copies.
+
     Args:
         model: What holds them.
         base_model: Name or folder of the base model, where known.
@@ -61,9 +64,8 @@ def collect_adapter(
         UserError: If `model` has none.
     """
     layers = {
-        path: LayerAdapter(
-            take(layer.lora_a),
-            take(layer.lora_b),
+        path: plain_adapter(
+            {name: take(matrix) for name, matrix in layer.adapter_parameters().items()},
             layer.adapter,
             is_stored_transposed(layer.base),
         )
@@ -73,6 +75,22 @@ def collect_adapter(
         raise UserError("The model has no adapters.")
     dropout = next(layer.dropout for _, layer in adapter_layers(model))
     return Adapter(layers, base_model, getattr(dropout, "p", 0.0), describe_quantization(model))
+
+
+def plain_adapter(
+    matrices: Mapping[str, Tensor], numbers: ResolvedAdapter, transposed: bool = False
+) -> LayerAdapter:
+    """Return the adapter of one layer from what it trains; an E is folded into B.
+
+    Args:
+        matrices: Tensors by name, as of `LoRALinear.adapter_parameters`.
+        numbers: Rank, alpha and scaling that they were trained with.
+        transposed: Whether the base keeps W as [in, out].
+    """
+    lora_a, lora_b = matrices["lora_a"], matrices["lora_b"]
+    if "lora_e" in matrices:
+        lora_a, lora_b, numbers = fold_values(lora_a, lora_b, matrices["lora_e"], numbers)
+    return LayerAdapter(lora_a, lora_b, numbers, transposed)
 
 
 @torch.no_grad()
@@ -97,32 +115,32 @@ def attach_adapter(model: nn.Module, adapter: Adapter) -> None:
 def copy_adapter(model: nn.Module, adapter: Adapter) -> None:
     """Copy the matrices of `adapter` into those that `model` has.
 
+    Layers with singular values take any adapter of no higher rank: the others of theirs are left
+    as they are, with an E of zero, and compute the same function.
+
     Raises:
         UserError: If the modules, their ranks or gammas, or the shapes are not the same.
     """
-    for path, layer in adapter_layers(model):
-        saved = adapter.layers.get(path)
-        numbers = layer.adapter if saved is None else saved.numbers
-        if (numbers.rank, numbers.gamma) != (layer.rank, layer.gamma):
-            raise UserError(
-                f"{path} has rank {numbers.rank} and gamma {numbers.gamma:g} in the saved adapter, "
-                f"rank {layer.rank} and gamma {layer.gamma:g} in this run: give both the same "
-                "rank, alpha and scaling."
-            )
-    matrices = {
-        f"{path}.{name}": getattr(layer, name)
-        for path, layer in adapter.layers.items()
-        for name in ("lora_a", "lora_b")
-    }
-    load_adapter_state(model, matrices)
+    layers = dict(adapter_layers(model))
+    state: dict[str, Tensor] = {}
+    for path, saved in adapter.layers.items():
+        matrices = {"lora_a": saved.lora_a, "lora_b": saved.lora_b}
+        if (layer := layers.get(path)) is not None:
+            _check_numbers(path, layer, saved.numbers)
+            if layer.lora_e is not None:
+                _check_fits(model, path, saved)
+                ratio = saved.numbers.gamma / layer.gamma
+                matrices = spread_values(layer, saved.lora_a, saved.lora_b, ratio)
+        state |= {f"{path}.{name}": matrix for name, matrix in matrices.items()}
+    load_adapter_state(model, state)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return name -> parameter of every adapter matrix, under its name in `model`."""
     return {
-        f"{path}.{name}": getattr(layer, name)
+        f"{path}.{name}": parameter
         for path, layer in adapter_layers(model)
-        for name in ("lora_a", "lora_b")
+        for name, parameter in layer.adapter_parameters().items()
     }
 
 
@@ -161,6 +179,17 @@ def check_same_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tenso
                 f"{name} has shape {list(found[name].shape)} in the saved state and "
                 f"{list(tensor.shape)} in the model: another base model or rank."
             )
+
+
+def _check_numbers(path: str, layer: LoRALinear, saved: ResolvedAdapter) -> None:
+    same = (saved.rank, saved.gamma) == (layer.rank, layer.gamma)
+    if same or (layer.lora_e is not None and saved.rank <= layer.rank):
+        return
+    raise UserError(
+        f"{path} has rank {saved.rank} and gamma {saved.gamma:g} in the saved adapter, "
+        f"rank {layer.rank} and gamma {layer.gamma:g} in this run: give both the same "
+        "rank, alpha and scaling."
+    )
 
 
 def _check_fits(model: nn.Module, path: str, layer: LayerAdapter) -> None:

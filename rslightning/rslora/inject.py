@@ -64,8 +64,8 @@ def inject_adapters(
 ) -> InjectionReport:
     """Wrap the targets of `spec` in `LoRALinear` and freeze everything else, in place.
 
-    The output of `model` does not change, since B is zero. A is drawn from torch's seed and the
-    module's name alone (`LoRALinear.reset_adapter`).
+    The output of `model` does not change, since B is zero, or E (AdaLoRA). A is drawn from torch's
+    seed and the module's name alone (`LoRALinear.reset_adapter`).
 
     Args:
         model: Any module that holds linear maps.
@@ -85,9 +85,10 @@ def inject_adapters(
             f"modules{_suggest(unmatched[0], targets)}"
         )
     adapters = {path: spec.resolve(path) for path in targets}
-    report = _report(model, _shapes(model), adapters)
+    has_values = spec.allocation is not None
+    report = _report(model, _shapes(model), adapters, has_values)
 
-    for path, layer in wrap_linears(model, adapters, spec.dropout, dtype).items():
+    for path, layer in wrap_linears(model, adapters, spec.dropout, dtype, has_values).items():
         layer.reset_adapter(path, spec.init)
     return report
 
@@ -124,14 +125,16 @@ def wrap_linears(
     adapters: Mapping[str, ResolvedAdapter],
     dropout: float = 0.0,
     dtype: torch.dtype = torch.float32,
+    singular_values: bool = False,
 ) -> dict[str, LoRALinear]:
     """Freeze `model` and put a `LoRALinear` at each path; A is left uninitialized."""
     model.requires_grad_(False)
     layers = {}
     for path, adapter in adapters.items():
         base = model.get_submodule(path)
-        layers[path] = LoRALinear(base, adapter, dropout, dtype).train(base.training)
-        set_module(model, path, layers[path])
+        layer = LoRALinear(base, adapter, dropout, dtype, singular_values)
+        layers[path] = layer.train(base.training)
+        set_module(model, path, layer)
     return layers
 
 
@@ -276,14 +279,18 @@ def _coverable(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str
 
 
 def _report(
-    model: nn.Module, shapes: dict[str, tuple[int, ...]], adapters: dict[str, ResolvedAdapter]
+    model: nn.Module,
+    shapes: dict[str, tuple[int, ...]],
+    adapters: dict[str, ResolvedAdapter],
+    singular_values: bool,
 ) -> InjectionReport:
     weights = _coverable(model, shapes)
     uncovered = [name for name in weights if name.rpartition(".")[0] not in adapters]
     reachable = {f"{path}.weight" for path in linear_modules(model)}
     unreachable = [name for name in uncovered if name not in reachable]
     trainable = sum(
-        adapter.rank * sum(shapes[f"{path}.weight"]) for path, adapter in adapters.items()
+        adapter.rank * (sum(shapes[f"{path}.weight"]) + singular_values)
+        for path, adapter in adapters.items()
     )
     total = sum(weights.values()) or 1
     return InjectionReport(

@@ -10,13 +10,17 @@ W  [out, in]   frozen    A = lora_a  [rank, in]    Kaiming-uniform, variance fre
 (+)______________________|
 |
 y = W x + b + gamma_r B A x                        (arXiv:2312.03732, eq. 2)
+
+With E = lora_e [rank] between A and B, zero at initialization, it is AdaLoRA's (`adalora.py`):
+
+y = W x + b + gamma_r B diag(E) A x
 """
 
 import math
 import sys
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +28,9 @@ from torch import Tensor, nn
 from rslightning.rslora.contraction import adapted_linear
 from rslightning.rslora.scaling import rank_corrected_gain
 from rslightning.rslora.spec import Init, ResolvedAdapter
+
+SINGULAR_STD: Final = 0.02
+"""Standard deviation of A's and B's first entries beside an E, as in AdaLoRA's code."""
 
 
 class LoRALinear(nn.Module):
@@ -33,6 +40,8 @@ class LoRALinear(nn.Module):
     whatever the base is stored in; they are cast to the activation's dtype where they are used.
     `rslora/contraction.py` computes the sum in the cheapest order; with dropout, or where the
     base's weight is not at hand, the base is called, and what the adapter adds is computed alone.
+    With singular values, B diag(E) is in the place of B, and `lora_e` [rank] is trained, too; else
+    that is None.
 
     Shape:
         x [..., in] -> y [..., out].
@@ -42,6 +51,7 @@ class LoRALinear(nn.Module):
         adapter: Rank, alpha and scaling of this module.
         dropout: Probability of zeroing an entry of the adapter's input during training.
         dtype: Storage dtype of the adapter.
+        singular_values: Whether there is an E.
     """
 
     def __init__(
@@ -50,6 +60,7 @@ class LoRALinear(nn.Module):
         adapter: ResolvedAdapter,
         dropout: float = 0.0,
         dtype: torch.dtype = torch.float32,
+        singular_values: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear_features(base)
@@ -64,6 +75,9 @@ class LoRALinear(nn.Module):
         self.lora_b = nn.Parameter(
             torch.zeros(self.out_features, self.rank, dtype=dtype, device=device)
         )
+        self.lora_e: nn.Parameter | None = None
+        if singular_values:
+            self.lora_e = nn.Parameter(torch.zeros(self.rank, dtype=dtype, device=device))
         self.merges_in_16_bit = False  # until `allow_merged_orders` has measured what that loses
         self.unmerged_weight: Tensor | None = None
 
@@ -87,12 +101,22 @@ class LoRALinear(nn.Module):
         if self.merged:
             y: Tensor = self.base(x)
             return y
-        adapter = self.lora_a, self.lora_b, self.gamma
+        adapter = self.lora_a, self.scaled_b, self.gamma
         drops = self.training and isinstance(self.dropout, nn.Dropout)
         if drops or not self.has_whole_weight():
             return adapted_linear(self.dropout(x), None, self.base(x), *adapter)
         merges = self.merges_in_16_bit
         return adapted_linear(x, self.oriented_weight, self.bias, *adapter, merges)
+
+    @property
+    def scaled_b(self) -> Tensor:
+        """The left factor of the update `gamma_r scaled_b A`: B, or B diag(E)."""
+        return self.lora_b if self.lora_e is None else self.lora_b * self.lora_e
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Return name -> parameter of what is trained here."""
+        parameters = {"lora_a": self.lora_a, "lora_b": self.lora_b}
+        return parameters if self.lora_e is None else parameters | {"lora_e": self.lora_e}
 
     @property
     def oriented_weight(self) -> Tensor:
@@ -121,9 +145,11 @@ class LoRALinear(nn.Module):
     def reset_adapter(self, name: str, init: Init = "kaiming_uniform") -> None:
         """Draw A and set B to zero: a pure function of torch's seed, `name` and `in`.
 
+        With singular values: draw A and B, and set E to zero; `init` is not looked at.
+
         Each module has a random stream of its own, keyed by its name, so that neither the order of
         the modules nor the other ranks move it, every process draws the same numbers, and A at rank
-        r is the first r rows of A at any higher rank.
+        r is the first r rows of A at any higher rank; so are the columns of a B that is drawn.
 
         Args:
             name: Path of the module in its model; it keys the stream.
@@ -131,6 +157,10 @@ class LoRALinear(nn.Module):
         """
         seed = (torch.initial_seed() ^ zlib.crc32(name.encode())) & (2**63 - 1)
         generator = torch.Generator("cpu").manual_seed(seed)
+        if self.lora_e is not None:
+            self._draw_pairs(generator)
+            self.lora_e.zero_()
+            return
         # Row by row: whole-tensor draws of different sizes are not prefixes of each other.
         rows = torch.empty(self.rank, self.in_features, dtype=torch.float32, device="cpu")
         bound = 1.0 / math.sqrt(self.in_features)
@@ -143,6 +173,14 @@ class LoRALinear(nn.Module):
             rows *= rank_corrected_gain(self.rank)
         self.lora_a.copy_(rows)
         self.lora_b.zero_()
+
+    def _draw_pairs(self, generator: torch.Generator) -> None:
+        """Draw each row of A and the column of B that belongs to it from N(0, `SINGULAR_STD`^2)."""
+        sizes = self.in_features, self.out_features
+        row, column = (torch.empty(size, dtype=torch.float32, device="cpu") for size in sizes)
+        for index in range(self.rank):
+            self.lora_a[index] = row.normal_(0.0, SINGULAR_STD, generator=generator)
+            self.lora_b[:, index] = column.normal_(0.0, SINGULAR_STD, generator=generator)
 
     def extra_repr(self) -> str:
         """Show the shape and the numbers of the method."""

@@ -159,7 +159,7 @@ def _merged_weight(path: str, layer: LoRALinear) -> Tensor:
             f"{path} is quantized, and has no weight to add to; write the merged model to a folder "
             "instead (rslightning merge, MergeAdapters)."
         )
-    parts = (weight, layer.lora_a, layer.lora_b, layer.gamma, weight.dtype)
+    parts = (weight, layer.lora_a, layer.scaled_b, layer.gamma, weight.dtype)
     try:
         return merge_weight(*parts, transposed=is_conv1d(layer.base))[0]
     except RunError as error:

@@ -55,7 +55,7 @@ def lost_in_rounding(layer: LoRALinear, dtype: torch.dtype) -> Tensor:
         layer: An adapted layer, whole or sharded.
         dtype: What W' is rounded to.
     """
-    weight, lora_b = _local(layer.oriented_weight), _local(layer.lora_b)
+    weight, lora_b = _local(layer.oriented_weight), _local(layer.scaled_b)
     lora_a: Any = layer.lora_a
     lora_a = lora_a.full_tensor() if hasattr(lora_a, "full_tensor") else lora_a
     if weight.shape != (len(lora_b), lora_a.shape[1]):

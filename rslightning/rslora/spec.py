@@ -1,9 +1,10 @@
 """What to adapt and how: the whole configuration of the method in one frozen record."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from rslightning.errors import UserError
 from rslightning.rslora.scaling import (
@@ -19,6 +20,49 @@ Init = Literal["kaiming_uniform", "gaussian", "rank_corrected"]
 TARGET_GROUPS = ("all_linear", "attention", "mlp")
 
 Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class RankAllocation:
+    """How AdaLoRA shares a budget of ranks out among the modules (`rslora/adalora.py`).
+
+    Steps are those of the optimizer, counted from 1.
+
+    Args:
+        target_rank: Rank that a module has in the end, on average.
+        warmup_steps: First steps, in which every module has its whole rank.
+        final_steps: Last steps, in which the ranks that are left are trained alone.
+        every_n_steps: Steps between two allocations; between them all ranks are trained.
+        orthogonality: Weight in the loss of how far A and B are from being orthogonal.
+        beta1: Decay of the mean importance of an entry, per step.
+        beta2: Decay of the mean deviation from that, per step.
+
+    Raises:
+        UserError: If a value is out of its range; the message names the field and the value.
+    """
+
+    target_rank: int
+    warmup_steps: int
+    final_steps: int
+    every_n_steps: int = 1
+    orthogonality: float = 0.5
+    beta1: float = 0.85
+    beta2: float = 0.85
+
+    def __post_init__(self) -> None:
+        check_rank(self.target_rank, "allocation.target_rank")
+        check_rank(self.every_n_steps, "allocation.every_n_steps")
+        for name in ("warmup_steps", "final_steps"):
+            if not isinstance(steps := getattr(self, name), int) or steps < 0:
+                raise UserError(f"allocation.{name} is a number of steps, got {steps!r}.")
+        weight = self.orthogonality
+        if not _is_number(weight) or not 0.0 <= weight < math.inf:
+            raise UserError(
+                f"allocation.orthogonality must be 0 or positive and finite, got {weight!r}."
+            )
+        for name in ("beta1", "beta2"):
+            if not _is_number(beta := getattr(self, name)) or not 0.0 <= beta < 1.0:
+                raise UserError(f"allocation.{name} must be in [0, 1), got {beta!r}.")
 
 
 @dataclass(frozen=True)
@@ -39,9 +83,14 @@ class AdapterSpec:
             `rank_corrected` is `kaiming_uniform` times 1/sqrt(rank) (appendix B.3). B starts at 0.
         rank_pattern: Module name or regular expression -> rank, for modules that differ.
         alpha_pattern: The same for alpha.
+        allocation: AdaLoRA: adapters `gamma_r B diag(E) A`, all of this rank at first, of which the
+            run keeps the ranks that matter most. A and B are then drawn from N(0, 0.02^2), and E
+            starts at 0. None keeps every rank.
 
     Raises:
-        UserError: If a value is out of its range; the message names the field and the value.
+        UserError: If a value is out of its range; the message names the field and the value. With
+            `allocation`, also if its target is not below `rank`, or `init` or `rank_pattern` is
+            given.
     """
 
     rank: int | Literal["auto"] = 8
@@ -52,6 +101,7 @@ class AdapterSpec:
     init: Init = "kaiming_uniform"
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    allocation: RankAllocation | None = None
 
     def __post_init__(self) -> None:
         self._check_rank()
@@ -68,6 +118,26 @@ class AdapterSpec:
         if not self.targets:
             raise UserError("targets is empty; use all_linear, attention, mlp or module names.")
         self._check_expressions()
+        if self.allocation is not None:
+            self._check_allocation(self.allocation)
+
+    def _check_allocation(self, allocation: RankAllocation | Mapping[str, Any]) -> None:
+        if isinstance(allocation, Mapping):  # as checkpoints keep it
+            allocation = RankAllocation(**allocation)
+            object.__setattr__(self, "allocation", allocation)
+        assert isinstance(self.rank, int)  # see `_check_rank`
+        if allocation.target_rank >= self.rank:
+            raise UserError(
+                f"allocation.target_rank is {allocation.target_rank}, which leaves nothing to take "
+                f"away from rank {self.rank}: give a higher rank, or leave allocation out."
+            )
+        if self.rank_pattern:
+            raise UserError("allocation chooses the rank of each module: leave rank_pattern out.")
+        if self.init != AdapterSpec.init:
+            raise UserError(
+                f"init is {self.init!r}, but with allocation A and B are drawn from N(0, 0.02^2), "
+                "as AdaLoRA does: leave init out."
+            )
 
     def _check_rank(self) -> None:
         if self.rank == "auto":

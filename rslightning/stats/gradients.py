@@ -20,11 +20,12 @@ Kind = Literal["a", "b", "other"]
 ADAPTER_ATTRIBUTES: Final[dict[str, Kind]] = {
     "lora_a": "a",
     "lora_b": "b",
+    "lora_e": "other",  # AdaLoRA's singular values
     "lora_A": "a",
     "lora_B": "b",
     "lora_embedding_A": "a",
     "lora_embedding_B": "b",
-    "lora_E": "other",  # AdaLoRA's singular values
+    "lora_E": "other",
     "lora_magnitude_vector": "other",  # DoRA
 }
 """What an adapted layer offers: `LoRALinear` two parameters, PEFT's layers dictionaries."""

@@ -37,3 +37,19 @@ def weight_sharing(strategy: Any, is_quantized: bool, is_compiled: bool) -> Any:
             "leave it out, or take configs/strategy/fsdp2.yaml."
         )
     return strategy
+
+
+def refuse_shared_gradients(strategy: Any) -> None:
+    """Refuse an allocation of ranks where no process has whole gradients.
+
+    Args:
+        strategy: The Trainer's.
+
+    Raises:
+        UserError: If it shares gradients out: FSDP2, and ZeRO at every stage.
+    """
+    if isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy | FSDPStrategy):
+        raise UserError(
+            f"model.adapter.allocation needs whole gradients, of which {type(strategy).__name__} "
+            "leaves each process a part: take configs/strategy/ddp.yaml, or leave allocation out."
+        )
