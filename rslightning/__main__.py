@@ -51,7 +51,7 @@ def _dispatch(arguments: list[str]) -> None:
         run(arguments)
         return
     parsed, rest = build_parser().parse_known_args(arguments or ["--help"])
-    if rest and verb not in ("data", "plan"):
+    if rest and verb not in ("data", "plan", "sweep"):
         raise UserError(f"{rest[0]!r} is not known to rslightning {verb} (see --help).")
     parsed.options = rest
     parsed.run(parsed)
@@ -84,6 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     data.set_defaults(run=_show_data)
     _add_plan(verbs)
+    _add_sweep(verbs)
+    _add_report(verbs)
     recipes = verbs.add_parser("recipes", help="list, show or copy the packaged recipes")
     recipes.add_argument("action", nargs="?", choices=("list", "show", "copy"), default="list")
     recipes.add_argument("name", nargs="?")
@@ -128,6 +130,50 @@ def _add_plan(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         help="and any option of fit; several files merge as there",
     )
     plan.set_defaults(run=_show_plan)
+
+
+def _add_sweep(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    sweep = verbs.add_parser(
+        "sweep",
+        help="run a grid of fits, several at once; started again, it goes on",
+        epilog="Any option of fit may follow; it holds for all cells.",
+    )
+    sweep.add_argument("--config", required=True, metavar="SWEEP", help="a file with grids")
+    sweep.add_argument("--output", metavar="DIR", help="folder of the runs (default: runs/NAME)")
+    sweep.add_argument(
+        "--jobs", type=_positive, metavar="N", help="fits at once (default: one per GPU or core)"
+    )
+    sweep.add_argument(
+        "--threads", type=_positive, default=1, metavar="N", help="of a fit on a CPU (default: 1)"
+    )
+    sweep.add_argument(
+        "--retry-failed", action="store_true", help="run failed cells anew, from their beginning"
+    )
+    sweep.add_argument(
+        "--launcher",
+        choices=("local", "slurm"),
+        default="local",
+        help="where the fits run: processes here, or jobs with the options under `slurm`",
+    )
+    sweep.add_argument("--dry-run", action="store_true", help="print the command of every cell")
+    sweep.set_defaults(run=_lazily("rslightning.experiments.sweep", "sweep"))
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _add_report(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    report = verbs.add_parser("report", help="figures, tables and verdicts from run folders")
+    report.add_argument(
+        "folders", nargs="+", metavar="RUN_FOLDER", help="sweeps, runs, or folders of them"
+    )
+    report.add_argument(
+        "--output", required=True, metavar="DIR", help="a new folder, or that of an older report"
+    )
+    report.set_defaults(run=_lazily("rslightning.experiments.report", "run"))
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:

@@ -260,14 +260,24 @@ def show_plan(arguments: Sequence[str], memory: str | None, devices: int | None)
     """
     if devices is not None and devices < 1:
         raise UserError(f"--devices is a number of processes, got {devices}.")
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(
-        logging.WARNING
-    )  # nothing is drawn
-    config = _parse(["fit", *arguments], build=False).config["fit"].as_dict()
+    config = read_config(["fit", *arguments])
     size = device_memory() if memory is None else parse_memory(memory)
     if size is None:
         raise UserError("There is no GPU here whose memory could be taken: give --memory 80GiB.")
     print("\n".join(describe_plan(read_plan(config, devices), size)))
+
+
+def read_config(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the configuration that a verb and its options make, without building anything.
+
+    Raises:
+        UserError: As `run`.
+    """
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(
+        logging.WARNING
+    )  # nothing is drawn
+    config: dict[str, Any] = _parse(arguments, build=False).config[arguments[0]].as_dict()
+    return config
 
 
 def resolve_devices(config: Namespace) -> None:
@@ -363,6 +373,8 @@ def _config_file(name: str) -> Path:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no keys such as model, data and trainer.")
+    if "grids" in content:
+        raise UserError(f"{path} is a sweep: run it with rslightning sweep --config {name}.")
     return path
 
 

@@ -9,13 +9,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from rslightning.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TENSORS_METADATA = {"format": "pt"}
 
@@ -79,8 +80,10 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: "Mapping[str, Tensor]", path: Path) -> None:
     """Write `tensors` to the safetensors file `path`; use within `new_folder`."""
+    from safetensors.torch import save_file  # imports torch, which folders do without
+
     save_file(
         {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
         path,

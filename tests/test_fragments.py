@@ -16,16 +16,19 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_recipes import read, stand_ins
+from tiny_recipes import RECIPES, SWEEPS, read, stand_ins
 
 from rslightning.callbacks.throughput import linear_maps
 from rslightning.cli import RecipeCLI
 from rslightning.errors import UserError
+from rslightning.experiments.claims import CLAIMS
+from rslightning.experiments.figures import KINDS
+from rslightning.experiments.grid import read_sweep
+from rslightning.experiments.sweep import corners
 from rslightning.recipes import find_config, packaged_names
 from rslightning.rslora.whole import whole_tensor
 
 NAMES = packaged_names()
-RECIPES = [name for name in NAMES if name.startswith("recipes/")]
 STRATEGIES = [name for name in NAMES if name.startswith("configs/strategy/")]
 PRECISIONS = [name for name in NAMES if name.startswith("configs/precision/")]
 SINGLE, QUICKSTART = "configs/strategy/single.yaml", "recipes/quickstart.yaml"
@@ -116,6 +119,24 @@ def test_strategies_and_precisions_commute(strategy, parse):
     precision = PRECISIONS[STRATEGIES.index(strategy) % len(PRECISIONS)]
     assert parse(recipe, strategy, precision) == parse(recipe, precision, strategy)
     assert all(said_by(strategy).keys().isdisjoint(said_by(name)) for name in PRECISIONS)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_value_of_a_sweep_is_one_of_its_recipe(name, parse, tmp_path):
+    sweep = read_sweep(find_config(name))
+    assert sweep.title
+    assert set(sweep.figures.values()) <= set(KINDS)
+    assert set(sweep.claims) <= set(CLAIMS)
+    options = tmp_path / "options.yaml"
+    options.write_text(yaml.safe_dump(sweep.options))
+    base = ["fit", *words(*sweep.base), "--config", str(options)]
+    for cell in corners(sweep.cells()):
+        config = PreparedCLI([*base, *cell.arguments()], build=False).config.fit
+        rate = cell.values.get("rate", config.model.optimizer.init_args.lr)
+        assert config.model.optimizer.init_args.lr == rate
+        adapter = config.model.adapter
+        for axis in {"rank", "scaling", "init"} & cell.values.keys():
+            assert adapter[axis] == cell.values[axis]
 
 
 # --- trained -------------------------------------------------------------------------------------

@@ -5,12 +5,11 @@ import json
 
 import pytest
 import yaml
-from tiny_recipes import OTHERS, read, stand_ins
+from tiny_recipes import OTHERS, RECIPES, SWEEPS, read, stand_ins
 
 from rslightning.__main__ import main
 from rslightning.recipes import find_config, packaged_names, packaged_root
 
-RECIPES = [name for name in packaged_names() if name.startswith("recipes/")]
 FRAGMENTS = [name for name in packaged_names() if name.startswith("configs/")]
 
 
@@ -19,7 +18,8 @@ def test_all_of_them_are_found():
     on_disk = [*(root / "recipes").rglob("*.yaml"), *(root / "configs").rglob("*.yaml")]
     names = sorted(path.relative_to(root).as_posix() for path in on_disk)
     assert names == sorted(packaged_names())
-    assert len(RECIPES) == 9
+    assert len(RECIPES) == 10
+    assert len(SWEEPS) == 17
     groups = {name.split("/")[1] for name in FRAGMENTS}
     assert groups == {"ablation", "debug", "precision", "quantization", "strategy"}
     assert len(FRAGMENTS) >= 2 * len(groups) - 1

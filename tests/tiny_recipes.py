@@ -13,7 +13,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from rslightning.recipes import find_config
+from rslightning.recipes import find_config, packaged_names
+
+SWEEPS = [name for name in packaged_names() if name.startswith("recipes/paper/")]
+RECIPES = [name for name in packaged_names() if name.startswith("recipes/") and name not in SWEEPS]
 
 SIZES = {
     "hidden_size": 24,

@@ -1,0 +1,1 @@
+"""Sweeps over grids of fits, and the report of what they show."""

@@ -1,0 +1,54 @@
+"""The kinds of figures by name, and one way to draw them."""
+
+import difflib
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Final
+
+from rslightning.errors import UserError
+from rslightning.experiments.groups import Study
+
+if TYPE_CHECKING:
+    from rslightning.experiments.canvas import Drawing
+
+KINDS: Final = {
+    "perplexity": "curves",
+    "gradient_norms": "curves",
+    "moments": "curves",
+    "held_out": "bars",
+    "rates": "bars",
+    "best_rank": "bars",
+    "budget": "bars",
+}
+"""Kind -> module below this package that draws it, in `draw_<kind>`."""
+
+
+def check_kind(kind: str) -> None:
+    """Raise `UserError` unless `kind` is one of the kinds of figures."""
+    if kind not in KINDS:
+        close = difflib.get_close_matches(kind, KINDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(KINDS)}."
+        raise UserError(f"There is no kind of figure {kind!r}; {hint}")
+
+
+def require_matplotlib() -> None:
+    """Raise `UserError` if figures cannot be drawn."""
+    if find_spec("matplotlib") is None:
+        raise UserError(
+            "Figures need matplotlib, which is not installed: pip install 'rslightning[figures]'."
+        )
+
+
+def draw(study: Study, kind: str) -> "Drawing | None":
+    """Return a figure of a study; null if its runs wrote nothing that it shows.
+
+    Raises:
+        UserError: If there is no such kind of figure, or no matplotlib.
+    """
+    from importlib import import_module
+
+    check_kind(kind)
+    require_matplotlib()
+    module = import_module(f"rslightning.experiments.{KINDS[kind]}")
+    painter: Callable[[Study], Drawing | None] = getattr(module, f"draw_{kind}")
+    return painter(study)

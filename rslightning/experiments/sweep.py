@@ -1,0 +1,193 @@
+"""`rslightning sweep`: run every cell of a grid, several at once, and go on where it was left.
+
+runs/figure2/sweep.yaml          what is swept, with its cells
+runs/figure2/options.yaml        the fragment that all cells have in common
+runs/figure2/lora_rank4/         a cell: what its fit left, output.log, status.json
+"""
+
+import argparse
+import os
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from filelock import FileLock, Timeout
+
+from rslightning.errors import RunError, UserError
+from rslightning.experiments.cells import Status, Task, forget, logger_arguments, read_status
+from rslightning.experiments.grid import Cell, Sweep, describe_cells, read_sweep
+from rslightning.experiments.local import LocalLauncher, visible_devices
+from rslightning.experiments.slurm import SlurmLauncher
+from rslightning.experiments.table import SweepTable
+from rslightning.recipes import find_config
+
+SWEEP_FILE: Final = "sweep.yaml"
+OPTIONS_FILE: Final = "options.yaml"
+LOCK_FILE: Final = ".lock"
+
+CONFIGURATION_READER: Final = "rslightning.cli"
+"""By its name, since its layer is above this one; it is loaded in other processes only."""
+
+
+def sweep(arguments: argparse.Namespace) -> None:
+    """Carry out `rslightning sweep --config SWEEP [options of fit]`.
+
+    Raises:
+        UserError: If the file is no sweep, an option or value of a cell is wrong, the folder is in
+            use or holds a sweep of another base.
+        RunError: If a cell failed; the others have been run.
+    """
+    plan = read_sweep(find_config(arguments.config))
+    folder = Path(arguments.output or f"runs/{plan.name}")
+    cells = plan.cells()
+    print(describe_cells(cells), flush=True)
+    common = _common_arguments(plan, folder, arguments.options)
+    if arguments.dry_run:
+        for cell in cells:
+            print(shlex.join(["rslightning", "fit", *_arguments(folder, cell, common)]))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / LOCK_FILE, timeout=0):
+            _run(arguments, plan, folder, cells, common)
+    except Timeout:
+        raise UserError(f"{folder} is being swept by another process.") from None
+
+
+def _run(
+    arguments: argparse.Namespace, plan: Sweep, folder: Path, cells: list[Cell], common: list[str]
+) -> None:
+    _write_plan(plan, folder, cells, arguments.options)
+    local = LocalLauncher([None], arguments.threads)
+    print("reading the configurations ...", flush=True)
+    facts = local.ask(check_cells, [_arguments(folder, cell, common) for cell in corners(cells)])
+    local.slots = choose_slots(facts, arguments.jobs, arguments.threads, os.environ)
+    tasks = [
+        Task(cell.name, folder / cell.name, _arguments(folder, cell, common), facts["in_processes"])
+        for cell in _to_do(folder, cells, arguments.retry_failed)
+    ]
+    done = len(cells) - len(tasks)
+    if arguments.launcher == "slurm":
+        run, how = SlurmLauncher(folder / "slurm", plan.slurm).run, "as jobs of SLURM"
+    else:
+        run, how = local.run, f"{len(local.slots)} at a time"
+    print(f"{done} of {len(cells)} are done; the others run {how}, in {folder}", flush=True)
+    with SweepTable(folder, len(cells), done) as table:
+        for running, ended in run(tasks):
+            table.update(running, ended)
+    _tell_end(folder, cells)
+
+
+def _to_do(folder: Path, cells: Sequence[Cell], retry_failed: bool) -> Iterator[Cell]:
+    """Yield the cells that have not ended; what a failed one left is removed on request."""
+    for cell in cells:
+        status = read_status(folder / cell.name)
+        if status is not None and status.state == "failed" and retry_failed:
+            forget(folder / cell.name)
+            status = None
+        if status is None:
+            yield cell
+
+
+def check_cells(configurations: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Parse the options of fits, as the command would; return what the launcher needs to know.
+
+    Raises:
+        UserError: As `rslightning fit`.
+    """
+    import torch
+
+    read = import_module(CONFIGURATION_READER).read_config
+    trainers = [read(["fit", *words])["trainer"] for words in configurations]
+    several = any(trainer["devices"] not in ("auto", 1, "1") for trainer in trainers)
+    on_gpu = torch.cuda.is_available() and trainers[0]["accelerator"] != "cpu"
+    return {"in_processes": several, "gpus": torch.cuda.device_count() if on_gpu else 0}
+
+
+def choose_slots(
+    facts: dict[str, Any], jobs: int | None, threads: int, environment: Any
+) -> list[str | None]:
+    """Return what each of the fits that run at once gets as `CUDA_VISIBLE_DEVICES`.
+
+    Args:
+        facts: What `check_cells` returned.
+        jobs: How many there shall be; None takes one for each device, or as many as cores serve.
+        threads: Threads of each, on a CPU.
+        environment: Environment variables.
+    """
+    if facts["in_processes"]:  # they divide the devices among themselves
+        return [None] * (jobs or 1)
+    if facts["gpus"]:
+        devices = visible_devices(facts["gpus"], environment)
+        return [devices[job % len(devices)] for job in range(jobs or len(devices))]
+    return [None] * (jobs or max(1, _cores() // threads))
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _common_arguments(plan: Sweep, folder: Path, options: Sequence[str]) -> list[str]:
+    """Return the options that all cells have in common."""
+    bases = [str(find_config(name)) for name in plan.base]
+    files = [*bases, str(folder / OPTIONS_FILE)] if plan.options else bases
+    return [*(word for file in files for word in ("--config", file)), *options]
+
+
+def _arguments(folder: Path, cell: Cell, common: Sequence[str]) -> list[str]:
+    """Return a cell's own options after the common ones: the later wins."""
+    return [*common, *cell.arguments(), *logger_arguments(folder, cell.name)]
+
+
+def corners(cells: Sequence[Cell]) -> Iterator[Cell]:
+    """Yield cells until every value of every axis has been seen: enough to find a wrong one."""
+    seen: set[str] = set()
+    for cell in cells:
+        values = {f"{axis}={value!r}" for axis, value in cell.values.items()}
+        if not values <= seen:
+            seen |= values
+            yield cell
+
+
+def _write_plan(plan: Sweep, folder: Path, cells: list[Cell], options: Sequence[str]) -> None:
+    """Write what is swept; refuse a folder whose cells have another base."""
+    path = folder / SWEEP_FILE
+    content = {
+        **asdict(plan),
+        "arguments": list(options),
+        "cells": {cell.name: cell.values for cell in cells},
+    }
+    if path.exists():
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for key in ("base", "options", "arguments"):
+            if before.get(key) != content[key]:
+                raise UserError(
+                    f"{folder} holds cells with {key} {before.get(key)!r}, this sweep has "
+                    f"{content[key]!r}: give another --output, or the same {key}."
+                )
+    for name, what in ((OPTIONS_FILE, plan.options), (SWEEP_FILE, content)):
+        aside = folder / f".{name}"
+        aside.write_text(yaml.safe_dump(what, sort_keys=False), encoding="utf-8")
+        aside.replace(folder / name)
+
+
+def _tell_end(folder: Path, cells: Sequence[Cell]) -> None:
+    statuses: dict[str, Status | None] = {c.name: read_status(folder / c.name) for c in cells}
+    counts = Counter("killed" if s is None else s.state for s in statuses.values())
+    print(", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
+    print(f"  figures      rslightning report {folder} --output {folder}/report")
+    print(f"  TensorBoard  tensorboard --logdir {folder}")
+    bad = [name for name, status in statuses.items() if status is None or status.state == "failed"]
+    if bad:
+        status = statuses[bad[0]]
+        said = "it was killed" if status is None else status.message
+        raise RunError(
+            f"{len(bad)} of {len(cells)} cells did not finish ({', '.join(bad[:4])}"
+            f"{', ...' if len(bad) > 4 else ''}); {bad[0]}: {said} See output.log in its folder."
+        )

@@ -1,0 +1,276 @@
+"""Sweeps from the console: what they run, that they go on when killed, what they refuse."""
+
+import os
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+
+from rslightning.__main__ import main
+from rslightning.experiments.cells import has_gaps, read_status
+from rslightning.experiments.event_files import read_events
+from rslightning.experiments.sweep import check_cells, choose_slots
+
+CELLS = ["lora_rank2", "lora_rank8", "rslora_rank2", "rslora_rank8", "targets-nowhere"]
+STEPS = 24
+SWEEP = {
+    "name": "tiny",
+    "base": ["recipes/llama_gsm8k_paper.yaml"],
+    "options": {
+        "checkpoint": {"every_n_steps": 4},
+        "data": {"init_args": {"batch_size": 2, "max_length": 64, "held_out_examples": 4}},
+        "trainer": {"max_steps": STEPS, "val_check_interval": 6},
+    },
+    "grids": [
+        {"scaling": ["lora", "rslora"], "rank": [2, 8]},
+        {"targets": [["nowhere"]]},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, model_folder, gsm8k_folder):
+    """Return the function that starts the sweep into a folder."""
+    root = tmp_path_factory.mktemp("sweep")
+    (root / "tiny.yaml").write_text(yaml.safe_dump(SWEEP, sort_keys=False))
+    options = [f"--model.base_model={model_folder}", f"--data.path={gsm8k_folder}"]
+
+    def start(output, *more):
+        words = ["--config", str(root / "tiny.yaml"), "--output", str(root / output), *more]
+        return [*words, *options], root / output
+
+    return start
+
+
+def popen(words):
+    """Start a sweep as a new user would, in a process group of its own."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment.pop("PYTEST_CURRENT_TEST", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "rslightning", "sweep", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command):
+    words, folder = command("undisturbed")
+    process = popen(words)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output, folder
+
+
+def test_every_cell_runs_and_a_failed_one_is_told(undisturbed):
+    status, output, folder = undisturbed
+    assert [line for line in output.splitlines() if line.startswith("start ")] == [
+        f"start  {name}" for name in CELLS
+    ]
+    states = {name: read_status(folder / name).state for name in CELLS}
+    assert states == {**dict.fromkeys(CELLS[:-1], "finished"), "targets-nowhere": "failed"}
+    assert status == 1
+    assert output.splitlines()[-1].startswith(
+        "rslightning: 1 of 5 cells did not finish (targets-nowhere); targets-nowhere: Target "
+        "'nowhere' matches no linear module."
+    )
+    assert "Traceback" not in output
+    assert "about" in output  # time left
+
+
+def test_a_cell_is_the_fit_of_its_command(undisturbed, command, tmp_path, capsys):
+    """The printed command, run by itself in this process, gives the same losses, bit for bit."""
+    words, folder = command("undisturbed")
+    assert main(["sweep", *words, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if '"version": "rslora_rank8"' in line]
+    copy = tmp_path / "copy"
+    line = line.replace(f'"save_dir": "{folder.parent}"', f'"save_dir": "{copy.parent}"')
+    line = line.replace(f'"name": "{folder.name}"', '"name": "copy"')
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main(shlex.split(line)[1:]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    there, here = (read_events(f / "rslora_rank8").curves for f in (folder, copy))
+    assert there["train/loss"].steps.tolist() == list(range(STEPS))
+    for tag in ("train/loss", "val/loss", "grad_norm/mean", "adapter_output/second_moment"):
+        assert there[tag].values.tolist() == here[tag].values.tolist()
+        assert len(there[tag].values) > 1
+
+
+def test_cells_differ_in_nothing_but_their_axes(undisturbed):
+    """The same rows in the same order, and the same first rows of A."""
+    _, _, folder = undisturbed
+    first = [read_events(folder / name).curves["train/loss"].values[0] for name in CELLS[:-1]]
+    assert len(set(first)) == 1  # B is zero
+    configs = [yaml.safe_load((folder / name / "config.yaml").read_text()) for name in CELLS[:-1]]
+    for config, name in zip(configs, CELLS, strict=False):
+        adapter = config["model"]["adapter"]
+        assert name == f"{adapter.pop('scaling')}_rank{adapter.pop('rank')}"
+        assert config["trainer"]["logger"]["init_args"].pop("version") == name
+    assert all(config == configs[0] for config in configs)
+
+
+def wait_for(condition, process):
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
+        if process.poll() is not None:
+            return
+        time.sleep(0.01)
+
+
+def kill(process):
+    """Kill the sweep's process alone; what it started must notice by itself."""
+    group = os.getpgid(process.pid)
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 20
+    while cells_of(group):
+        assert time.monotonic() < end, "cells outlived the sweep"
+        time.sleep(0.05)
+
+
+def cells_of(session):
+    """Return the living processes of a session."""
+    living = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] not in "ZX":
+            living.append(stat.parent.name)
+    return living
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
+def test_a_sweep_killed_three_times_goes_on_to_the_same_numbers(undisturbed, command):
+    _, _, whole = undisturbed
+    words, folder = command("killed")
+    chance = random.Random(5)
+    moments = [
+        lambda: any(folder.glob("*/checkpoints/step-*.ckpt")),
+        lambda: len(list(folder.glob("*/status.json"))) >= 2,
+        lambda: len(list(folder.glob("*/status.json"))) >= 3,
+    ]
+    killed_in_a_cell = False
+    for moment in moments:
+        process = popen(words)
+        wait_for(moment, process)
+        time.sleep(chance.random() * 0.2)
+        kill(process)
+        cells = [path.parent for path in folder.glob("*/checkpoints")]
+        killed_in_a_cell |= any(read_status(cell) is None for cell in cells)
+    assert killed_in_a_cell
+    process = popen(words)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "are done; the others run" in output
+    assert any(folder.glob("*/config.resume-1.yaml"))  # from a checkpoint, not from the beginning
+    for name in CELLS[:-1]:
+        one, other = (read_events(f / name).curves for f in (whole, folder))
+        assert one.keys() == other.keys()
+        for tag in one:
+            if not tag.startswith("perf/"):
+                assert one[tag].steps.tolist() == other[tag].steps.tolist(), (name, tag)
+                assert one[tag].values.tolist() == other[tag].values.tolist(), (name, tag)
+
+
+def test_what_is_done_is_skipped_and_what_failed_is_retried_on_request(undisturbed, command):
+    """After the tests that look at the folder."""
+    words, folder = command("undisturbed")
+    again = subprocess.run(
+        [sys.executable, "-m", "rslightning", "sweep", *words, "--retry-failed"],
+        capture_output=True,
+        text=True,
+    )
+    starts = [line for line in again.stdout.splitlines() if line.startswith("start ")]
+    assert starts == ["start  targets-nowhere"]
+    assert "4 of 5 are done" in again.stdout
+    assert again.returncode == 1
+    output = (folder / "targets-nowhere/output.log").read_text()
+    assert output.count("matches no linear module") == 2
+
+
+def test_gaps_in_the_losses_are_found(undisturbed, tmp_path):
+    _, _, folder = undisturbed
+    copy = tmp_path / "cell"
+    shutil.copytree(folder / "lora_rank2", copy)
+    assert not has_gaps(copy)
+    (events,) = copy.glob("events.out.*")
+    whole = events.read_bytes()
+    for share in (0.5, 0.98):
+        events.write_bytes(whole[: int(len(whole) * share)])
+        assert has_gaps(copy)
+
+
+# --- refused before anything runs ----------------------------------------------------------------
+
+
+def said(words, capsys):
+    assert main(["sweep", *words]) == 2
+    return capsys.readouterr().err.removeprefix("rslightning: ").strip()
+
+
+def test_a_folder_in_use_is_refused(command, capsys):
+    words, folder = command("locked")
+    folder.mkdir()
+    with FileLock(folder / ".lock"):
+        assert said(words, capsys) == f"{folder} is being swept by another process."
+
+
+def test_a_folder_of_other_options_is_refused(command, capsys):
+    words, folder = command("other")
+    folder.mkdir()
+    content = {"base": SWEEP["base"], "options": {}, "arguments": []}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(content))
+    message = said(words, capsys)
+    assert message.startswith(f"{folder} holds cells with options {{}}, this sweep has ")
+    assert message.endswith("give another --output, or the same options.")
+
+
+def test_a_sweep_is_no_recipe_and_a_recipe_no_sweep(command, capsys):
+    words, _ = command("any")
+    assert main(["fit", *words[:2]]) == 2
+    assert "is a sweep: run it with rslightning sweep --config" in capsys.readouterr().err
+    assert "has no key `grids`" in said(["--config", "recipes/quickstart.yaml"], capsys)
+    assert "There is no configuration" in said(["--config", "nowhere"], capsys)
+    assert "at least 1, got '0'" in said([*words, "--jobs", "0"], capsys)
+
+
+def test_a_wrong_key_is_found_before_the_first_cell_runs():
+    from rslightning.errors import UserError
+
+    recipe = ["--config", "recipes/llama_gsm8k.yaml"]
+    with pytest.raises(UserError, match=r"no option model.adapter.rnk; did you mean .*rank"):
+        check_cells([recipe, [*recipe, "--model.adapter.rnk", "4"]])
+
+
+def test_slots_are_devices_or_cores():
+    facts = {"in_processes": False, "gpus": 0}
+    assert choose_slots(facts, 3, 1, {}) == [None] * 3
+    assert len(choose_slots(facts, None, 10_000, {})) == 1
+    gpus = {"in_processes": False, "gpus": 3}
+    assert choose_slots(gpus, None, 1, {}) == ["0", "1", "2"]
+    assert choose_slots(gpus, 2, 1, {"CUDA_VISIBLE_DEVICES": "5,7,6"}) == ["5", "7"]
+    assert choose_slots(gpus, 4, 1, {}) == ["0", "1", "2", "0"]
+    assert choose_slots({"in_processes": True, "gpus": 8}, None, 1, {}) == [None]
+
+
+def test_the_help_imports_no_torch():
+    code = "import sys; from rslightning.__main__ import main; main(['sweep', '--config', 'x'])"
+    check = "; assert not {'torch', 'lightning', 'transformers'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code + check]).returncode == 0
