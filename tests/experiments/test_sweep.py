@@ -33,6 +33,8 @@ SWEEP = {
         {"scaling": ["lora", "rslora"], "rank": [2, 8]},
         {"targets": [["nowhere"]]},
     ],
+    "figures": {"figure2": "perplexity", "figure3": "gradient_norms"},
+    "claims": ["rank_gains"],
 }
 
 
@@ -157,7 +159,7 @@ def cells_of(session):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
-def test_a_sweep_killed_three_times_goes_on_to_the_same_numbers(undisturbed, command):
+def test_a_sweep_killed_three_times_goes_on_to_the_same_numbers(undisturbed, command, tmp_path):
     _, _, whole = undisturbed
     words, folder = command("killed")
     chance = random.Random(5)
@@ -187,6 +189,15 @@ def test_a_sweep_killed_three_times_goes_on_to_the_same_numbers(undisturbed, com
             if not tag.startswith("perf/"):
                 assert one[tag].steps.tolist() == other[tag].steps.tolist(), (name, tag)
                 assert one[tag].values.tolist() == other[tag].values.tolist(), (name, tag)
+    assert numbers(whole, tmp_path / "whole") == numbers(folder, tmp_path / "killed")
+
+
+def numbers(sweep, output):
+    """Return the bytes of what a report drew."""
+    assert main(["report", str(sweep), "--output", str(output)]) == 0
+    files = {path.name: path.read_bytes() for path in output.rglob("*.csv")}
+    assert {"figure2.csv", "figure3.csv"} <= files.keys()
+    return files
 
 
 def test_what_is_done_is_skipped_and_what_failed_is_retried_on_request(undisturbed, command):
