@@ -62,6 +62,8 @@ def plan_of(sweep: Sweep, cell: Cell, folder: Path) -> tuple[Plan, int]:
     bases = [word for name in sweep.base for word in ("--config", str(find_config(name)))]
     config = read_config(["fit", *bases, "--config", str(options), *cell.arguments()])
     data = config["data"]
+    if config["model"]["adapter"] is not None:  # counted with the ranks that it begins with
+        config["model"]["adapter"]["allocation"] = None
     (folder / "config.json").write_text(json.dumps(CONFIGS[config["model"]["base_model"]]))
     config["model"]["base_model"] = str(folder)
     batch = data["init_args"]["batch_size"] * config["trainer"]["accumulate_grad_batches"]

@@ -19,7 +19,7 @@ def test_all_of_them_are_found():
     names = sorted(path.relative_to(root).as_posix() for path in on_disk)
     assert names == sorted(packaged_names())
     assert len(RECIPES) == 10
-    assert len(SWEEPS) == 17
+    assert len(SWEEPS) == 18
     groups = {name.split("/")[1] for name in FRAGMENTS}
     assert groups == {"ablation", "debug", "precision", "quantization", "strategy"}
     assert len(FRAGMENTS) >= 2 * len(groups) - 1

@@ -73,7 +73,7 @@ CLAIMS: Final[dict[str, Claim]] = {
         "Scaling A at initialization does not replace the factor: with alpha alone training is "
         "unstable at high rank, with alpha/r the rank still brings nothing.",
         "figure 6, appendix B.3",
-        "more than half of unit's runs at its highest rank are unstable, and lora is flat",
+        "more than half of unit's runs at its highest rank are unstable, and lora gains nothing",
         verdicts.initialization,
     ),
     "moments": Claim(

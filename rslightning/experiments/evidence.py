@@ -15,6 +15,7 @@ from rslightning.experiments.measures import (
     learned,
     loss_kind,
     same_seeds,
+    starting_losses,
 )
 from rslightning.experiments.runs import Run
 
@@ -112,14 +113,28 @@ class Evidence:
         ranks = list(self.untuned(method))
         return dict(zip(ranks, same_seeds([self.runs(method, r) for r in ranks]), strict=True))
 
+    @cached_property
+    def starts(self) -> dict[int, float]:
+        """The training loss that each seed begins with."""
+        return starting_losses(self.study)
+
     def learned(self, method: str, rank: int) -> float:
         """Return by how many nats the training loss fell, at the untuned rate."""
-        return learned(self.runs(method, rank))
+        return learned(self.runs(method, rank), self.starts)
 
     def unstable(self, method: str, rank: int) -> tuple[int, int]:
         """Return how many runs are unstable, and of how many, at the untuned rate."""
         runs = self.runs(method, rank)
         return sum(map(is_unstable, runs)), len(runs)
+
+    def unstable_rates(self, method: str, rank: int) -> str:
+        """Return the rates at which more than half of the runs are unstable, for a sentence."""
+        cells = [c for c in self.study.cells if (c.method, c.rank) == (method, rank)]
+        runs = {c.rate: [r for r in self.study.cells[c] if r.counts] for c in cells}
+        tried = sorted(rate for rate in runs if rate is not None and runs[rate])
+        broken = [rate for rate in tried if sum(map(is_unstable, runs[rate])) > len(runs[rate]) / 2]
+        where = ", ".join(f"{rate:g}" for rate in broken) or "none"
+        return f"{method} at {where} of {', '.join(f'{rate:g}' for rate in tried)}"
 
     @property
     def seeds(self) -> str:

@@ -12,8 +12,10 @@ from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.process import BaseProcess
-from threading import Thread
+from threading import RLock, Thread
 from typing import Any, Final
+
+from tqdm import tqdm
 
 from rslightning.experiments.cells import Status, Task, alone, read_status, run_cell
 
@@ -103,6 +105,7 @@ def _run(task: Task) -> None:
     if task.devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = task.devices
     Thread(target=_end_with_parent, daemon=True).start()
+    tqdm.set_lock(RLock())  # its own is of the system's, which a killed process leaves behind
     run_cell(task)
 
 

@@ -6,7 +6,8 @@ The criteria, in one place:
                lowest value before by more than `RISE` of the first loss and `NOISE` times what
                one batch differs from the next
     learns     the training loss falls by at least `LEARNS` of what the reference's does
-    flat       over the ranks the final loss changes by less than `FLAT` of what was learned
+    gains nothing   from the lowest to the highest rank the final loss falls by less than `FLAT` of
+               what was learned, or by what does not count
     counts     a difference is larger than `ERRORS` standard errors over the seeds; with one seed,
                larger than `ONE_SEED` of what was learned
 """
@@ -41,14 +42,16 @@ ONE_SEED: Final = 0.05
 """Where there is no second seed, a difference counts from a twentieth of what was learned."""
 
 CRITERIA: Final = f"""\
-*What the words mean.* "Learned" is by how much the training loss fell: first step minus mean of the
-last {LAST} steps. A difference *counts* if it is larger than {ERRORS:g} standard errors over the
-seeds (paired by seed), or, with one seed, larger than {ONE_SEED:.0%} of what was learned. *Flat*:
-the final loss at the lowest and at the highest rank differ by less than {FLAT:.0%} of what was
-learned, or the difference does not count. *Learns*: the training loss falls by at least
-{LEARNS:.0%} of what the reference's does. *Unstable*: a loss is infinite or NaN, or the mean
-training loss of {LAST} steps rises above its lowest value before by more than {RISE:.0%} of the
-first step's loss and more than {NOISE:g} standard deviations of one batch's loss."""
+*What the words mean.* "Learned" is by how much the training loss fell: from the mean of the first
+{LAST} steps, in the run of the same seed that learned least in them (all runs of a seed see the
+same rows and begin as the same function), to the mean of the last {LAST}. A difference *counts* if
+it is larger than {ERRORS:g} standard errors over the seeds (paired by seed), or, with one seed,
+larger than {ONE_SEED:.0%} of what was learned. *Gains nothing*: from the lowest to the highest rank
+the final loss falls by less than {FLAT:.0%} of what was learned, or by what does not count.
+*Learns*: the training loss falls by at least {LEARNS:.0%} of what the reference's does. *Unstable*:
+a loss is infinite or NaN, or the mean training loss of {LAST} steps rises above its lowest value
+before by more than {RISE:.0%} of the first step's loss and more than {NOISE:g} standard deviations
+of one batch's loss."""
 
 
 class Estimate(NamedTuple):
@@ -137,10 +140,35 @@ def counts(found: Estimate, learned: float) -> bool:
     return abs(found.mean) > ONE_SEED * learned
 
 
-def learned(runs: Sequence[Run]) -> float:
-    """Return by how many nats the training loss fell, mean over runs that did not break."""
-    falls = [_fall(run) for run in runs if run.counts and not run.broke]
+def learned(runs: Sequence[Run], starts: Mapping[int, float]) -> float:
+    """Return by how many nats the training loss fell, mean over runs that did not break.
+
+    Args:
+        runs: Of one cell.
+        starts: The loss that each seed begins with, see `starting_losses`.
+    """
+    falls = [
+        starts.get(seed_of(run, index), math.nan) - run.final_training_loss
+        for index, run in enumerate(runs)
+        if run.counts and not run.broke
+    ]
     return float(np.mean(falls)) if falls else math.nan
+
+
+def starting_losses(study: Study) -> dict[int, float]:
+    """Return the training loss that each seed begins with.
+
+    A first step is one batch. All runs of a seed see the same rows and begin as the same function,
+    so that the mean of the first steps is nearest to that function's in the run that learns least.
+    """
+    starts: dict[int, float] = {}
+    for runs in study.cells.values():
+        for index, run in enumerate(runs):
+            losses = run.curve("train/loss").values[:LAST]
+            if run.counts and len(losses) and not is_unstable(run):
+                seed = seed_of(run, index)
+                starts[seed] = max(starts.get(seed, -math.inf), float(losses.mean()))
+    return starts
 
 
 def is_unstable(run: Run) -> bool:
@@ -206,8 +234,3 @@ def same_seeds(groups: Sequence[Sequence[Run]]) -> list[list[Run]]:
     seeds = [{run.seed for run in group} for group in groups if group]
     shared = set.intersection(*seeds) if seeds else set()
     return [[run for run in group if not shared or run.seed in shared] for group in groups]
-
-
-def _fall(run: Run) -> float:
-    values = run.curve("train/loss").values
-    return float(values[0] - run.final_training_loss) if len(values) else math.nan

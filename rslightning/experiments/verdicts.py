@@ -146,7 +146,9 @@ def other_scalings(evidence: Evidence) -> Verdict:
     return Verdict(
         REPRODUCED if unstable > runs / 2 and stuck else NOT_REPRODUCED,
         f"quarter_root at rank {high}{evidence.at_rate}: {unstable} of {runs} runs unstable "
-        f"({_beside(evidence, 'quarter_root', high)}). inverse_square at rank {rank}: the training "
+        f"({_beside(evidence, 'quarter_root', high)}). Unstable rates at rank {high}: "
+        f"{evidence.unstable_rates('quarter_root', high)}; "
+        f"{evidence.unstable_rates('rslora', high)}. inverse_square at rank {rank}: the training "
         f"loss falls by {learned:.4f}, rslora's by {reference:.4f} ({evidence.seeds}).",
     )
 
@@ -169,18 +171,18 @@ def initialization(evidence: Evidence) -> Verdict:
     low, top = ends(small)
     gain, learned = difference(small[low], small[top]), evidence.learned(lora, low)
     return Verdict(
-        REPRODUCED if unstable > runs / 2 and _is_flat(gain, learned) else NOT_REPRODUCED,
+        REPRODUCED if unstable > runs / 2 and _gains_nothing(gain, learned) else NOT_REPRODUCED,
         f"With A scaled by 1/sqrt(r) at initialization{evidence.at_rate}: unit at rank {high} has "
-        f"{unstable} of {runs} runs unstable ({_beside(evidence, unit, high)}); "
+        f"{unstable} of {runs} runs unstable ({_beside(evidence, unit, high)}). Unstable rates at "
+        f"rank {high}: {evidence.unstable_rates(unit, high)}; "
+        f"{evidence.unstable_rates('rslora', high)}. "
         f"{list_losses('lora', small)}: from rank {low} to {top} it gains {signed(gain)} of "
         f"{learned:.4f} that it learns ({evidence.seeds}).",
     )
 
 
-def _is_flat(gain: Estimate, learned: float) -> bool:
-    return math.isfinite(gain.mean) and (
-        abs(gain.mean) < FLAT * learned or not counts(gain, learned)
-    )
+def _gains_nothing(gain: Estimate, learned: float) -> bool:
+    return math.isfinite(gain.mean) and (gain.mean < FLAT * learned or not counts(gain, learned))
 
 
 def moments(evidence: Evidence) -> Verdict:

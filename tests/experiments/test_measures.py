@@ -18,6 +18,7 @@ from rslightning.experiments.measures import (
     loss_kind,
     mean_curve,
     same_seeds,
+    starting_losses,
     window_means,
 )
 
@@ -67,7 +68,26 @@ def test_the_held_out_loss_decides_if_all_have_it():
 
 def test_what_was_learned_leaves_out_what_broke():
     runs = [make_run(losses=falling(2.0)), make_run(losses=[4.0, math.inf])]
-    assert learned(runs) == pytest.approx(FIRST_LOSS - 2.0)
+    assert learned(runs, {0: FIRST_LOSS}) == pytest.approx(FIRST_LOSS - 2.0)
+
+
+def test_a_seed_begins_with_the_loss_of_its_slowest_stable_run():
+    """Each batch has a difficulty of its own, which all runs of a seed share."""
+    difficulty = np.array([0.3, -0.2, 0.4, -0.5, 0.1, 0.0, -0.1, 0.2, -0.3, 0.1] * 3)
+    still, fast = 4.0 + difficulty, np.linspace(4.0, 1.0, 30) + difficulty
+    rising = np.linspace(4.0, 9.0, 30) + difficulty
+    study = make_study(
+        [
+            make_run("lora", rank=4, losses=still.tolist()),
+            make_run("rslora", rank=4, losses=fast.tolist()),
+            make_run("rslora", rank=8, losses=rising.tolist()),
+            make_run("rslora", rank=4, seed=1, losses=(fast + 1.0).tolist()),
+        ]
+    )
+    starts = starting_losses(study)
+    assert starts == pytest.approx({0: 4.0, 1: (fast + 1.0)[:10].mean()})
+    (run,) = study.cells[Cell("lora", 4, 1e-3)]
+    assert learned([run], starts) == pytest.approx(0.0, abs=1e-12)  # 0.3 by the first step's loss
 
 
 def test_unstable_is_a_loss_that_rises_by_a_tenth_of_the_first():

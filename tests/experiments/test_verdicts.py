@@ -49,10 +49,10 @@ def test_rank_gains_is_not_there(rslora, lora):
 
 
 def test_one_seed_needs_a_larger_difference():
-    small = [falling(end)[-1] for end in (2.0, 1.96, 1.93)]
+    small = [falling(end)[-1] for end in (2.0, 1.97, 1.95)]
     lora = runs_by_rank("lora", (2.0, 2.0, 2.0), seeds=1)
     verdict = judge("rank_gains", runs_by_rank("rslora", small, seeds=1) + lora)
-    assert verdict.verdict == "not reproduced"  # 0.07 of the 2.0 that was learned
+    assert verdict.verdict == "not reproduced"  # 0.05 of the 1.4 that was learned
     assert "(one seed)" in verdict.numbers
     three = runs_by_rank("rslora", small) + runs_by_rank("lora", (2.0, 2.0, 2.0))
     assert judge("rank_gains", three).verdict == "reproduced"
@@ -113,7 +113,8 @@ def test_other_scalings(large, small, verdict):
         ],
     )
     assert found.verdict == verdict
-    assert "rslora's by 2.5000" in found.numbers
+    fall = np.mean(small[:10]) - 1.5  # the slowest begins as all do
+    assert f"rslora's by {fall:.4f}" in found.numbers
 
 
 @pytest.mark.parametrize(
