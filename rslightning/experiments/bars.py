@@ -12,9 +12,16 @@ from rslightning.experiments.canvas import (
     new_sheet,
     rank_axis,
     rate_axis,
+    short_rate,
 )
 from rslightning.experiments.groups import Cell, Study
-from rslightning.experiments.measures import Estimate, estimate, final_losses, loss_kind
+from rslightning.experiments.measures import (
+    Estimate,
+    estimate,
+    final_losses,
+    loss_kind,
+    starting_losses,
+)
 from rslightning.experiments.palette import cell_name, look, method_look, method_name
 from rslightning.experiments.runs import Run
 
@@ -77,7 +84,7 @@ def draw_held_out(study: Study) -> Drawing | None:
     axes.set_xlabel(f"{kind} loss, nats per target token")
     caption = (
         f"Final {kind} loss of each cell; {ERRORS}, thin strokes the seeds. Arrows: at or above "
-        "the loss of the first step, or not finite."
+        "the loss that all begin with, or not finite."
     )
     return Drawing(figure, (*CELL_HEADER, *ESTIMATE_HEADER), [p.row for p in found], caption)
 
@@ -102,7 +109,7 @@ def draw_rates(study: Study) -> Drawing | None:
     legend_beside(figure, panels)
     caption = (
         f"Final {kind} loss over the learning rate; {ERRORS}, rings the best rate of each curve. "
-        "Arrows: at or above the loss at the first step, or not finite."
+        "Arrows: at or above the loss that all begin with, or not finite."
     )
     return Drawing(figure, (*CELL_HEADER, *ESTIMATE_HEADER), [p.row for p in found], caption)
 
@@ -215,19 +222,18 @@ def _draw_rate_panel(axes: Any, found: Sequence[Point], cells: Sequence[Cell], t
 
 
 def _ceiling(study: Study, found: Sequence[Point]) -> float:
-    """Return the loss from which on nothing was learned: the mean of the first steps' losses."""
-    firsts = [run.curve("train/loss").values[:1] for run in study.runs]
-    first = [float(values[0]) for values in firsts if len(values) and math.isfinite(values[0])]
+    """Return the loss from which on nothing was learned: that which all runs begin with."""
+    starts = starting_losses(study).values()
     finite = [point.loss.mean for point in found if math.isfinite(point.loss.mean)]
     highest = max(finite, default=1.0) * 1.02
-    return min(sum(first) / len(first), highest) if first else highest
+    return min(sum(starts) / len(starts), highest) if starts else highest
 
 
 def _draw_band(axes: Any, point: Point) -> None:
     style = method_look(point.cell.method)
     half = _error(point.loss)
     axes.axhspan(point.loss.mean - half, point.loss.mean + half, color="#8c959f", alpha=0.3, lw=0)
-    rate = "" if point.cell.rate is None else f" ({point.cell.rate:g})"
+    rate = "" if point.cell.rate is None else f" ({short_rate(point.cell.rate)})"
     name = method_name(point.cell.method) + rate
     axes.axhline(point.loss.mean, color=style.color, linewidth=1.2, label=name)
 
@@ -240,7 +246,7 @@ def _write_rates(axes: Any, found: Sequence[Point]) -> None:
             continue
         side = 1 if place == len(ordered) - 1 else -1 if place == 0 else 0
         axes.annotate(
-            f"{point.cell.rate:g}",
+            short_rate(point.cell.rate),
             (point.cell.rank, point.loss.mean + side * _error(point.loss)),
             xytext=(0 if side else 8, 5 * side),
             textcoords="offset points",

@@ -98,9 +98,9 @@ def describe(study: Study, cells: Sequence[Cell] | None = None) -> str:
     rates = sorted({cell.rate for cell in chosen if cell.rate is not None})
     words = [str(study.setting)]
     if len(rates) == 1:
-        words.append(f"learning rate {rates[0]:g}")
+        words.append(f"learning rate {short_rate(rates[0])}")
     elif rates:
-        words.append(f"learning rates {rates[0]:g} to {rates[-1]:g}")
+        words.append(f"learning rates {short_rate(rates[0])} to {short_rate(rates[-1])}")
     seeds = ", ".join(map(str, study.seeds))
     words.append(f"seed{'s' if len(study.seeds) > 1 else ''} {seeds}" if seeds else "")
     return "; ".join(word for word in words if word)
@@ -155,7 +155,7 @@ def rate_axis(axes: Any, rates: Sequence[float]) -> None:
     """Make the x-axis logarithmic with one tick at each rate, slanted where they are many."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(sorted(set(rates))))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_rate(value)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(axis="x", labelrotation=45 if len(set(rates)) > 3 else 0)
     axes.set_xlabel("learning rate")
@@ -185,3 +185,9 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.9g}" if isinstance(value, float) else str(value)
+
+
+def short_rate(rate: float) -> str:
+    """Return `5e-4` for 0.0005: of one width, whatever its size."""
+    digits, _, power = f"{rate:e}".partition("e")
+    return f"{float(digits):g}e{int(power)}"

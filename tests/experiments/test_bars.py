@@ -79,7 +79,7 @@ def test_best_rank_takes_the_best_rate_and_writes_it():
     ]
     assert [row[4] for row in drawing.rows] == pytest.approx([1.85, 1.95, 1.65, 1.45, 1.35])
     axes = drawing.figure.axes[0]
-    assert sorted(text.get_text() for text in axes.texts) == ["0.0001", "0.001", "0.001", "0.001"]
+    assert sorted(text.get_text() for text in axes.texts) == ["1e-3", "1e-3", "1e-3", "1e-4"]
     band = axes.patches[0].get_bbox()
     assert (band.y0, band.y1) == pytest.approx((1.3, 1.4))
 

@@ -52,9 +52,9 @@ def test_the_users_settings_are_left_alone():
 def test_a_study_is_described_by_its_setting():
     study = make_study([make_run(seed=3), make_run(rate=1e-2, seed=1)])
     assert describe(study) == (
-        "tiny on GSM8K: AdamW, 8 x 256 tokens, 24 steps; learning rates 0.001 to 0.01; seeds 1, 3"
+        "tiny on GSM8K: AdamW, 8 x 256 tokens, 24 steps; learning rates 1e-3 to 1e-2; seeds 1, 3"
     )
-    assert "learning rate 0.001;" in describe(study, list(study.cells)[:1])
+    assert "learning rate 1e-3;" in describe(study, list(study.cells)[:1])
 
 
 @pytest.mark.parametrize(

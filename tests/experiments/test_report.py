@@ -45,7 +45,7 @@ def test_a_report_has_figures_verdicts_and_all_cells(sweep, report):
     assert "![figure2](figure2/figure2.png)" in text
     assert "*figure9* (moments): no run of this study wrote what it shows." in text
     assert "## Perplexity by rank" in text
-    assert "tiny on GSM8K: AdamW, 8 x 256 tokens, 24 steps; learning rate 0.001; seed 0." in text
+    assert "tiny on GSM8K: AdamW, 8 x 256 tokens, 24 steps; learning rate 1e-3; seed 0." in text
     assert "| **reproduced** | Held-out loss" in text
     assert "- `rank_gains` is reproduced if rslora's loss falls" in text
     assert "| **not shown** | The runs for it are not there: it takes activation" in text
