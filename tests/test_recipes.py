@@ -60,7 +60,8 @@ def test_a_recipe_trains_two_steps(recipe, tiny, tmp_path):
     fragment = ["--config", "configs/debug/two_steps.yaml"]
     assert main(["fit", "--config", recipe, *fragment, *tiny(recipe)]) == 0
     (run,) = (tmp_path / "runs").glob("*/version_0")
-    assert (run / "merged" / "model.safetensors").exists()
+    merges = read(recipe).get("merge_adapters", {}) is not None
+    assert (run / "merged" / "model.safetensors").exists() == merges
     assert (run / "config.yaml").exists()
 
 
