@@ -65,15 +65,17 @@ CLAIMS: Final[dict[str, Claim]] = {
     "other_scalings": Claim(
         "alpha/r^(1/4) is too large and unstable at high rank; alpha/r^2 is too small to learn.",
         "figure 8",
-        "more than half of quarter_root's runs at its highest rank are unstable, and "
-        "inverse_square does not learn at its highest rank, with rslora as the reference",
+        "at some rate more than half of quarter_root's runs at its highest rank are unstable and "
+        "rslora's are not, and inverse_square does not learn at its highest rank, by what rslora "
+        "does",
         verdicts.other_scalings,
     ),
     "initialization": Claim(
         "Scaling A at initialization does not replace the factor: with alpha alone training is "
         "unstable at high rank, with alpha/r the rank still brings nothing.",
         "figure 6, appendix B.3",
-        "more than half of unit's runs at its highest rank are unstable, and lora gains nothing",
+        "at some rate more than half of unit's runs at its highest rank are unstable and rslora's "
+        "are not, and lora gains nothing from rank",
         verdicts.initialization,
     ),
     "moments": Claim(

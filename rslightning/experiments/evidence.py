@@ -122,19 +122,18 @@ class Evidence:
         """Return by how many nats the training loss fell, at the untuned rate."""
         return learned(self.runs(method, rank), self.starts)
 
-    def unstable(self, method: str, rank: int) -> tuple[int, int]:
-        """Return how many runs are unstable, and of how many, at the untuned rate."""
-        runs = self.runs(method, rank)
-        return sum(map(is_unstable, runs)), len(runs)
-
-    def unstable_rates(self, method: str, rank: int) -> str:
-        """Return the rates at which more than half of the runs are unstable, for a sentence."""
+    def rates_tried(self, method: str, rank: int) -> dict[float, bool]:
+        """Return rate -> whether more than half of a cell's runs are unstable."""
         cells = [c for c in self.study.cells if (c.method, c.rank) == (method, rank)]
         runs = {c.rate: [r for r in self.study.cells[c] if r.counts] for c in cells}
         tried = sorted(rate for rate in runs if rate is not None and runs[rate])
-        broken = [rate for rate in tried if sum(map(is_unstable, runs[rate])) > len(runs[rate]) / 2]
-        where = ", ".join(f"{rate:g}" for rate in broken) or "none"
-        return f"{method} at {where} of {', '.join(f'{rate:g}' for rate in tried)}"
+        return {rate: 2 * sum(map(is_unstable, runs[rate])) > len(runs[rate]) for rate in tried}
+
+    def breaks_first(self, method: str, rank: int) -> list[float]:
+        """Return the rates at which a method is unstable, and rsLoRA at the same rank is not."""
+        rslora = self.rates_tried("rslora", rank)
+        found = self.rates_tried(method, rank)
+        return [rate for rate, breaks in found.items() if breaks and not rslora.get(rate, False)]
 
     @property
     def seeds(self) -> str:

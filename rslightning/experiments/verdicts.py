@@ -140,16 +140,28 @@ def other_scalings(evidence: Evidence) -> Verdict:
     if not large or not small or not common(small, rslora):
         return missing("quarter_root, inverse_square and rslora at a high rank")
     high, rank = max(large), max(common(small, rslora))
-    unstable, runs = evidence.unstable("quarter_root", high)
+    broken = evidence.breaks_first("quarter_root", high)
     reference, learned = (evidence.learned(name, rank) for name in ("rslora", "inverse_square"))
     stuck = learned < LEARNS * reference
     return Verdict(
-        REPRODUCED if unstable > runs / 2 and stuck else NOT_REPRODUCED,
-        f"quarter_root at rank {high}{evidence.at_rate}: {unstable} of {runs} runs unstable "
-        f"({_beside(evidence, 'quarter_root', high)}). Unstable rates at rank {high}: "
-        f"{evidence.unstable_rates('quarter_root', high)}; "
-        f"{evidence.unstable_rates('rslora', high)}. inverse_square at rank {rank}: the training "
-        f"loss falls by {learned:.4f}, rslora's by {reference:.4f} ({evidence.seeds}).",
+        REPRODUCED if broken and stuck else NOT_REPRODUCED,
+        f"quarter_root at rank {high} {_where_unstable(evidence, 'quarter_root', high)}; "
+        f"{evidence.at_rate.strip()}: {_beside(evidence, 'quarter_root', high)}. inverse_square at "
+        f"rank {rank}{evidence.at_rate}: the training loss falls by {learned:.4f}, rslora's by "
+        f"{reference:.4f} ({evidence.seeds}).",
+    )
+
+
+def _where_unstable(evidence: Evidence, method: str, rank: int) -> str:
+    """Return at which of the rates that were tried a method is unstable, and rsLoRA is."""
+
+    def listed(name: str) -> str:
+        tried = evidence.rates_tried(name, rank)
+        return ", ".join(f"{rate:g}" for rate, breaks in tried.items() if breaks) or "none"
+
+    tried = ", ".join(f"{rate:g}" for rate in evidence.rates_tried(method, rank))
+    return (
+        f"is unstable at learning rates {listed(method)} of {tried}, rslora at {listed('rslora')}"
     )
 
 
@@ -167,17 +179,15 @@ def initialization(evidence: Evidence) -> Verdict:
     if not large or len(small) < 2:
         return missing("unit at a high rank and lora at two, both with init: rank_corrected")
     high = max(large)
-    unstable, runs = evidence.unstable(unit, high)
+    broken = evidence.breaks_first(unit, high)
     low, top = ends(small)
     gain, learned = difference(small[low], small[top]), evidence.learned(lora, low)
     return Verdict(
-        REPRODUCED if unstable > runs / 2 and _gains_nothing(gain, learned) else NOT_REPRODUCED,
-        f"With A scaled by 1/sqrt(r) at initialization{evidence.at_rate}: unit at rank {high} has "
-        f"{unstable} of {runs} runs unstable ({_beside(evidence, unit, high)}). Unstable rates at "
-        f"rank {high}: {evidence.unstable_rates(unit, high)}; "
-        f"{evidence.unstable_rates('rslora', high)}. "
-        f"{list_losses('lora', small)}: from rank {low} to {top} it gains {signed(gain)} of "
-        f"{learned:.4f} that it learns ({evidence.seeds}).",
+        REPRODUCED if broken and _gains_nothing(gain, learned) else NOT_REPRODUCED,
+        f"With A scaled by 1/sqrt(r) at initialization, unit at rank {high} "
+        f"{_where_unstable(evidence, unit, high)}; {evidence.at_rate.strip()}: "
+        f"{_beside(evidence, unit, high)}. {list_losses('lora', small)}: from rank {low} to {top} "
+        f"it gains {signed(gain)} of {learned:.4f} that it learns ({evidence.seeds}).",
     )
 
 

@@ -117,6 +117,19 @@ def test_other_scalings(large, small, verdict):
     assert f"rslora's by {fall:.4f}" in found.numbers
 
 
+def test_a_rate_that_breaks_rslora_too_says_nothing_of_a_scaling():
+    small = make_run("inverse_square", 64, losses=falling(3.95))
+    breaks = [make_run("quarter_root", 64, rate, losses=blow_up()) for rate in (1e-3, 1e-2)]
+    rslora = [make_run("rslora", 64, 1e-3, losses=blow_up())]
+    runs = [small, *breaks, *rslora, make_run("rslora", 64, 1e-2, losses=blow_up())]
+    assert judge("other_scalings", runs, rate=1e-3).verdict == "not reproduced"
+    runs[-1] = make_run("rslora", 64, 1e-2, losses=falling(1.5))
+    rslora_first = [small, *breaks, make_run("rslora", 64, 1e-3, losses=falling(1.5)), runs[-1]]
+    found = judge("other_scalings", rslora_first, rate=1e-3)
+    assert found.verdict == "reproduced"
+    assert "unstable at learning rates 0.001, 0.01 of 0.001, 0.01, rslora at none" in found.numbers
+
+
 @pytest.mark.parametrize(
     ("unit", "lora", "verdict"),
     [
