@@ -33,6 +33,8 @@ STRATEGIES = [name for name in NAMES if name.startswith("configs/strategy/")]
 PRECISIONS = [name for name in NAMES if name.startswith("configs/precision/")]
 SINGLE, QUICKSTART = "configs/strategy/single.yaml", "recipes/quickstart.yaml"
 BF16_TRUE = "configs/precision/bf16_true.yaml"
+# Trained are those that are not another one with other numbers.
+TRAINED = [name for name in RECIPES if name != "recipes/llama_gsm8k_paper.yaml"]
 ADAFACTOR = [name for name in RECIPES if "Adafactor" in find_config(name).read_text()]
 MERGING = (
     QUICKSTART,
@@ -122,7 +124,7 @@ def test_strategies_and_precisions_commute(strategy, parse):
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_every_value_of_a_sweep_is_one_of_its_recipe(name, parse, tmp_path):
+def test_a_sweeps_cells_are_fits_of_its_recipe(name, parse, tmp_path):
     sweep = read_sweep(find_config(name))
     assert sweep.title
     assert set(sweep.figures.values()) <= set(KINDS)
@@ -130,7 +132,8 @@ def test_every_value_of_a_sweep_is_one_of_its_recipe(name, parse, tmp_path):
     options = tmp_path / "options.yaml"
     options.write_text(yaml.safe_dump(sweep.options))
     base = ["fit", *words(*sweep.base), "--config", str(options)]
-    for cell in corners(sweep.cells()):
+    cells = list(corners(sweep.cells()))
+    for cell in {cells[0].name: cells[0], cells[-1].name: cells[-1]}.values():
         config = PreparedCLI([*base, *cell.arguments()], build=False).config.fit
         rate = cell.values.get("rate", config.model.optimizer.init_args.lr)
         assert config.model.optimizer.init_args.lr == rate
@@ -252,7 +255,7 @@ def on_cpu(fragment, folder) -> str:
 
 ADAMW = ("--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3")
 RUNS = [
-    *(Run(name) for name in RECIPES),
+    *(Run(name) for name in TRAINED),
     *(Run(name, options=ADAMW) for name in ADAFACTOR),
     Run(QUICKSTART, (BF16_TRUE,), ("--trainer.max_steps=8",)),
 ]
@@ -310,7 +313,7 @@ def assert_agrees(left, single, recipe, model_folder, loss_tolerance, update_tol
 
 
 @pytest.mark.parametrize("fragment", STRATEGIES)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", TRAINED)
 def test_a_recipe_trains_under_every_strategy(recipe, fragment, train, model_folder):
     run = Run(recipe, options=ADAMW) if fragment in PARTS and recipe in ADAFACTOR else Run(recipe)
     left, single = train(fragment)[run], train(SINGLE)[run]
@@ -344,7 +347,7 @@ def test_adafactor_is_refused_where_it_has_no_matrices(recipe, fragment, train):
 
 
 @pytest.mark.parametrize("fragment", PRECISIONS)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", TRAINED)
 def test_a_recipe_trains_in_every_precision(recipe, fragment, train):
     (record,) = train(fragment)[Run(recipe)].records()
     (other,) = train(SINGLE)[Run(recipe)].records()
