@@ -105,6 +105,8 @@ def draw_rates(study: Study) -> Drawing | None:
         own = [point for point in found if point.cell.method == method]
         _draw_rate_panel(axes, own, list(study.cells), top)
         axes.set_title(method_name(method))
+    # After the last panel: they share the axis, and a limit ends its scaling.
+    panels[0].set_ylim(top=top)
     panels[0].set_ylabel(f"{kind} loss, nats per target token")
     legend_beside(figure, panels)
     caption = (
@@ -218,7 +220,6 @@ def _draw_rate_panel(axes: Any, found: Sequence[Point], cells: Sequence[Cell], t
             ring = {"fillstyle": "none", "color": style.color, "markersize": 10}
             axes.plot(best.cell.rate, best.loss.mean, "o", **ring)
     rate_axis(axes, [point.cell.rate or 0 for point in found])
-    axes.set_ylim(top=top)
 
 
 def _ceiling(study: Study, found: Sequence[Point]) -> float:

@@ -84,6 +84,20 @@ def test_best_rank_takes_the_best_rate_and_writes_it():
     assert (band.y0, band.y1) == pytest.approx((1.3, 1.4))
 
 
+def test_all_panels_of_the_rates_show_their_lowest_loss():
+    """They share an axis, and the last one may reach lower than the first."""
+    ends = {"lora": 2.5, "rslora": 2.0, "quarter_root": 1.0}
+    runs = [
+        make_run(method, 4, rate, losses=falling(end))
+        for method, end in ends.items()
+        for rate in (1e-4, 1e-3)
+    ]
+    figure = draw_rates(make_study(runs)).figure
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        assert low < 1.0 < 2.5 < high
+
+
 def test_a_seed_that_broke_rules_a_rate_out():
     runs = [
         make_run(rate=1e-3, seed=0, losses=falling(1.0)),
