@@ -354,7 +354,9 @@ def test_a_recipe_trains_in_every_precision(recipe, fragment, train):
     assert record["precision"] == said_by(fragment)["trainer.precision"]
     assert record["steps"] == 2
     dtype = torch.bfloat16 if fragment == BF16_TRUE else torch.float32
-    assert record["dtypes"] == record["states"] == {dtype}
+    assert record["dtypes"] == {dtype}
+    # transformers' Adafactor keeps its state in float32, whatever the weights have.
+    assert record["states"] == {torch.float32 if recipe in ADAFACTOR else dtype}
     assert record["losses"] == pytest.approx(other["losses"], abs=0.05)
     if record["precision"] == other["precision"]:
         assert record["losses"] == other["losses"]

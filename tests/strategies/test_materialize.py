@@ -149,7 +149,8 @@ def test_no_process_holds_more_than_a_unit_and_its_share(built, deep, strategy):
     peak = int((built(strategy) / "peak.1").read_text())
     print(f"\n{strategy}: peak {peak:,} of {whole:,} bytes; a unit has {largest:,}")
     assert largest < whole / 5
-    assert whole / 2 <= peak <= whole / 2 + 1.2 * largest
+    # A second unit's worth: when Python frees the one before is not said.
+    assert whole / 2 <= peak <= whole / 2 + 2 * largest < 0.82 * whole
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
