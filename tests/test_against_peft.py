@@ -11,7 +11,7 @@ from rslightning.data import GSM8K
 from rslightning.losses import token_nats
 from rslightning.rslora import AdapterSpec, adapter_state_dict
 
-RANK, ALPHA, RATE, STEPS = 32, 16.0, 5e-4, 50
+RANK, ALPHA, RATE, STEPS = 32, 16.0, 5e-4, 30
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

@@ -69,7 +69,7 @@ def _run(
     local.slots = choose_slots(facts, arguments.jobs, arguments.threads, os.environ)
     tasks = [
         Task(cell.name, folder / cell.name, _arguments(folder, cell, common), facts["in_processes"])
-        for cell in _to_do(folder, cells, arguments.retry_failed)
+        for cell in to_do(folder, cells, arguments.retry_failed)
     ]
     done = len(cells) - len(tasks)
     if arguments.launcher == "slurm":
@@ -83,7 +83,7 @@ def _run(
     _tell_end(folder, cells)
 
 
-def _to_do(folder: Path, cells: Sequence[Cell], retry_failed: bool) -> Iterator[Cell]:
+def to_do(folder: Path, cells: Sequence[Cell], retry_failed: bool) -> Iterator[Cell]:
     """Yield the cells that have not ended; what a failed one left is removed on request."""
     for cell in cells:
         status = read_status(folder / cell.name)

@@ -15,9 +15,10 @@ import yaml
 from filelock import FileLock
 
 from rslightning.__main__ import main
-from rslightning.experiments.cells import has_gaps, read_status
+from rslightning.experiments.cells import Status, has_gaps, read_status, write_status
 from rslightning.experiments.event_files import read_events
-from rslightning.experiments.sweep import check_cells, choose_slots
+from rslightning.experiments.grid import Cell
+from rslightning.experiments.sweep import check_cells, choose_slots, to_do
 
 CELLS = ["lora_rank2", "lora_rank8", "rslora_rank2", "rslora_rank8", "targets-nowhere"]
 STEPS = 24
@@ -200,20 +201,17 @@ def numbers(sweep, output):
     return files
 
 
-def test_what_is_done_is_skipped_and_what_failed_is_retried_on_request(undisturbed, command):
-    """After the tests that look at the folder."""
-    words, folder = command("undisturbed")
-    again = subprocess.run(
-        [sys.executable, "-m", "rslightning", "sweep", *words, "--retry-failed"],
-        capture_output=True,
-        text=True,
-    )
-    starts = [line for line in again.stdout.splitlines() if line.startswith("start ")]
-    assert starts == ["start  targets-nowhere"]
-    assert "4 of 5 are done" in again.stdout
-    assert again.returncode == 1
-    output = (folder / "targets-nowhere/output.log").read_text()
-    assert output.count("matches no linear module") == 2
+def test_what_is_done_is_skipped_and_what_failed_is_retried_on_request(tmp_path):
+    cells = [Cell(name, {}) for name in ("done", "failed", "killed", "new")]
+    write_status(tmp_path / "done", Status("finished"))
+    write_status(tmp_path / "failed", Status("failed", "Target 'nowhere' matches nothing."))
+    (tmp_path / "killed/checkpoints").mkdir(parents=True)
+    (tmp_path / "failed/checkpoints").mkdir()
+    assert [cell.name for cell in to_do(tmp_path, cells, retry_failed=False)] == ["killed", "new"]
+    again = [cell.name for cell in to_do(tmp_path, cells, retry_failed=True)]
+    assert again == ["failed", "killed", "new"]
+    assert not (tmp_path / "failed/checkpoints").exists()  # from its beginning
+    assert (tmp_path / "killed/checkpoints").exists()
 
 
 def test_gaps_in_the_losses_are_found(undisturbed, tmp_path):
