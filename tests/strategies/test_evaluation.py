@@ -70,8 +70,11 @@ def found(fork, places, tmp_path):
     return evaluated
 
 
-@pytest.mark.parametrize("fit", [FIT, BF16, FULL], ids=["float32", "bfloat16", "full"])
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    ("strategy", "fit"),
+    [("zero1", FIT), ("zero2", BF16), ("zero3", BF16), ("zero3", FULL)],
+    ids=["zero1-float32", "zero2-bfloat16", "zero3-bfloat16", "zero3-full"],
+)
 def test_the_loss_of_the_living_model(run, found, strategy, fit):
     fit = fit.under(strategy)
     living = run(fit).scalars
@@ -80,7 +83,7 @@ def test_the_loss_of_the_living_model(run, found, strategy, fit):
     assert abs(living["val/loss"][3] - living["val/loss"][7]) > 0.05
 
 
-@pytest.mark.parametrize("fit", [FIT, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("fit", [BF16], ids=["bfloat16"])
 def test_a_folder_with_trained_weights_beside_their_masters(run, found, fit):
     living = run(fit.under("zero2_twice"))
     truth = living.scalars["val/loss"][7]
@@ -90,7 +93,7 @@ def test_a_folder_with_trained_weights_beside_their_masters(run, found, fit):
 
 @pytest.mark.parametrize(
     ("wrote", "now", "processes"),
-    [("zero1", "zero2", 1), ("zero2", "zero1", 3), ("zero3", "zero3", 1), ("zero2", "zero3", 2)],
+    [("zero2", "zero1", 3), ("zero2", "zero3", 1)],
 )
 def test_another_stage_and_number_of_processes(run, found, wrote, now, processes):
     living = run(FIT.under(wrote))
@@ -99,7 +102,7 @@ def test_another_stage_and_number_of_processes(run, found, wrote, now, processes
         assert result["val/loss"] == pytest.approx(truth, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+@pytest.mark.parametrize("strategy", ["zero3"])
 def test_testing_and_predicting(run, found, strategy):
     """Against one process without DeepSpeed that begins with the adapters of the folder."""
     fit, path = FIT.under(strategy), run(FIT.under(strategy)).checkpoint()
