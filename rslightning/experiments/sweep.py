@@ -62,7 +62,7 @@ def sweep(arguments: argparse.Namespace) -> None:
 def _run(
     arguments: argparse.Namespace, plan: Sweep, folder: Path, cells: list[Cell], common: list[str]
 ) -> None:
-    _write_plan(plan, folder, cells, arguments.options)
+    write_plan(plan, folder, cells, arguments.options)
     local = LocalLauncher([None], arguments.threads)
     print("reading the configurations ...", flush=True)
     facts = local.ask(check_cells, [_arguments(folder, cell, common) for cell in corners(cells)])
@@ -155,7 +155,7 @@ def corners(cells: Sequence[Cell]) -> Iterator[Cell]:
             yield cell
 
 
-def _write_plan(plan: Sweep, folder: Path, cells: list[Cell], options: Sequence[str]) -> None:
+def write_plan(plan: Sweep, folder: Path, cells: list[Cell], options: Sequence[str]) -> None:
     """Write what is swept; refuse a folder whose cells have another base."""
     path = folder / SWEEP_FILE
     content = {
@@ -165,8 +165,9 @@ def _write_plan(plan: Sweep, folder: Path, cells: list[Cell], options: Sequence[
     }
     if path.exists():
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        begun = any((folder / name).exists() for name in before.get("cells", ()))
         for key in ("base", "options", "arguments"):
-            if before.get(key) != content[key]:
+            if begun and before.get(key) != content[key]:
                 raise UserError(
                     f"{folder} holds cells with {key} {before.get(key)!r}, this sweep has "
                     f"{content[key]!r}: give another --output, or the same {key}."

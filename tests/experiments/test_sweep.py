@@ -15,10 +15,11 @@ import yaml
 from filelock import FileLock
 
 from rslightning.__main__ import main
+from rslightning.errors import UserError
 from rslightning.experiments.cells import Status, has_gaps, read_status, write_status
 from rslightning.experiments.event_files import read_events
-from rslightning.experiments.grid import Cell
-from rslightning.experiments.sweep import check_cells, choose_slots, to_do
+from rslightning.experiments.grid import Cell, Sweep
+from rslightning.experiments.sweep import check_cells, choose_slots, to_do, write_plan
 
 CELLS = ["lora_rank2", "lora_rank8", "rslora_rank2", "rslora_rank8", "targets-nowhere"]
 STEPS = 24
@@ -244,11 +245,23 @@ def test_a_folder_in_use_is_refused(command, capsys):
 def test_a_folder_of_other_options_is_refused(command, capsys):
     words, folder = command("other")
     folder.mkdir()
-    content = {"base": SWEEP["base"], "options": {}, "arguments": []}
+    content = {"base": SWEEP["base"], "options": {}, "arguments": [], "cells": {"lora_rank2": {}}}
     (folder / "sweep.yaml").write_text(yaml.safe_dump(content))
+    (folder / "lora_rank2").mkdir()
     message = said(words, capsys)
     assert message.startswith(f"{folder} holds cells with options {{}}, this sweep has ")
     assert message.endswith("give another --output, or the same options.")
+
+
+def test_a_sweep_that_never_began_leaves_its_folder_free(tmp_path):
+    """As after a misspelt option, which is found when the file is there already."""
+    plan = Sweep("any", ["a"], [{"rank": [4]}])
+    write_plan(plan, tmp_path, plan.cells(), ["--model.adapter.rnk", "3"])
+    write_plan(plan, tmp_path, plan.cells(), [])
+    assert yaml.safe_load((tmp_path / "sweep.yaml").read_text())["arguments"] == []
+    (tmp_path / "rank4").mkdir()
+    with pytest.raises(UserError, match="holds cells with arguments"):
+        write_plan(plan, tmp_path, plan.cells(), ["--x", "3"])
 
 
 def test_a_sweep_is_no_recipe_and_a_recipe_no_sweep(command, capsys):
@@ -261,8 +274,6 @@ def test_a_sweep_is_no_recipe_and_a_recipe_no_sweep(command, capsys):
 
 
 def test_a_wrong_key_is_found_before_the_first_cell_runs():
-    from rslightning.errors import UserError
-
     recipe = ["--config", "recipes/llama_gsm8k.yaml"]
     with pytest.raises(UserError, match=r"no option model.adapter.rnk; did you mean .*rank"):
         check_cells([recipe, [*recipe, "--model.adapter.rnk", "4"]])
