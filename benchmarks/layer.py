@@ -1,7 +1,7 @@
 """One adapted linear layer, forward and backward: this package against others, side by side.
 
     pip install peft litgpt torchtune torchao
-    python benchmarks/layer.py [--dtype bfloat16] [--grid] [--repeats 5] [--json FILE]
+    python benchmarks/layer.py [--dtype bfloat16] [--grid] [--contenders ours PEFT] [--repeats 5]
     python benchmarks/layer.py --orders [--dtype bfloat16] [--grid]
 
 All have the same weights, input x and output gradient dy, and compute y and the gradients of x, A
@@ -168,10 +168,12 @@ def builders(dtype: torch.dtype) -> dict[str, Build]:
     return mine | {"LitGPT": litgpt, "torchtune": torchtune}
 
 
-def build(problem: Problem) -> dict[str, Contender]:
-    """Return the contenders with an adapter whose packages are there."""
+def build(problem: Problem, wanted: list[str] | None) -> dict[str, Contender]:
+    """Return the contenders with an adapter, or some of them, whose packages are there."""
     built = {}
     for name, make in builders(problem.weight.dtype).items():
+        if wanted and name not in wanted:
+            continue
         try:
             built[name] = make(problem)
         except ImportError:
@@ -207,13 +209,16 @@ def check(contenders: dict[str, Contender], problem: Problem) -> None:
                 raise SystemExit(f"{name}: {what} differs by {error:.1e}; nothing was compared.")
 
 
-def compare(shape: Shape, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+def compare(
+    shape: Shape, dtype: torch.dtype, repeats: int, wanted: list[str] | None = None
+) -> dict[str, Any]:
     """Return the time of the frozen layer, and each contender's relative to it."""
     problem = draw(shape, dtype)
-    contenders = build(problem)
+    contenders = build(problem, wanted)
     check(contenders, problem)
     contenders = {"frozen": Contender(base_layer(problem), ())} | contenders
-    contenders["full"] = full(problem)
+    if not wanted or "full" in wanted:
+        contenders["full"] = full(problem)
     return measure(shape, contenders, problem, repeats)
 
 
@@ -317,6 +322,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--grid", action="store_true", help="all shapes instead of one")
     parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("T", "IN", "OUT"))
     parser.add_argument("--ranks", type=int, nargs="+")
+    parser.add_argument("--contenders", nargs="+", help="some instead of all")
     parser.add_argument("--orders", action="store_true", help="our orders, no peers")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -330,6 +336,7 @@ def main() -> None:
     where = machine(*PACKAGES)
     print(f"{where}\n{options.dtype}, {options.repeats} rounds, time relative to the frozen layer")
     run, show = (compare_orders, report_order) if options.orders else (compare, report)
+    run = run if options.orders else partial(compare, wanted=options.contenders)
     rows: list[dict[str, Any]] = []
     for shape in sizes(options):
         rows.append(run(shape, getattr(torch, options.dtype), options.repeats))

@@ -6,11 +6,13 @@ Lightning are imported by the verbs that need them.
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from rslightning import __version__
-from rslightning.errors import RunError, UserError
+from rslightning.errors import DEBUG, DEBUG_VARIABLE, UserError, describe_failure
+from rslightning.redaction import redact
 
 TRAINER_VERBS = {
     "fit": "fine-tune: --config RECIPE [--config FRAGMENT ...] [--model.adapter.rank 64 ...]",
@@ -23,23 +25,27 @@ EPILOG = """\
 start here:
   rslightning fit --config recipes/quickstart.yaml
   rslightning fit --help                            every option of a run
+
+--debug anywhere shows where an error was raised.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status.
 
-    0 is success, 1 a failure while running, 2 what the user can mend, 130 an interrupt.
+    0 is success, 1 a failure while running, 2 what the user can mend, 128 + n the end by signal n.
+    With `--debug` anywhere, the traceback stands above the sentence.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if DEBUG in arguments:
+        arguments.remove(DEBUG)
+        os.environ[DEBUG_VARIABLE] = "1"  # read wherever an error ends a process
     try:
         _dispatch(arguments)
-    except UserError as error:
-        return _say(error, 2)
-    except RunError as error:
-        return _say(error, 1)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
+    except Exception as error:
+        return _say(*describe_failure(error))
     return 0
 
 
@@ -225,8 +231,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help).")
 
 
-def _say(message: object, status: int) -> int:
-    print(f"rslightning: {message}", file=sys.stderr)
+def _say(message: str, status: int) -> int:
+    print(f"rslightning: {redact(message)}", file=sys.stderr)
     return status
 
 

@@ -16,6 +16,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Final, get_args
 
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -34,24 +35,26 @@ from rslightning.callbacks import (
     RankStabilityReport,
     RunSummary,
     ScoreAnswers,
+    StopOnSignal,
     TensorBoardPanels,
     TokenThroughputMonitor,
     TrainableCheckpoint,
 )
 from rslightning.callbacks.merge_adapters import run_folder
 from rslightning.callbacks.predictions import WritePredictions
-from rslightning.callbacks.requeue import RequeueOnSignal
 from rslightning.checkpoint import read_checkpoint
 from rslightning.cli_errors import explain
 from rslightning.data import TextDataModule
 from rslightning.data.show import choose_marks, describe_data
 from rslightning.errors import RunError, UserError
-from rslightning.launch import CHILDREN, choose_devices, ending_together, started_processes
+from rslightning.launch import CHILDREN, ending_together
 from rslightning.module import CausalLMModule
-from rslightning.plan import choose_rank, device_memory, parse_memory, read_plan
-from rslightning.plan_text import describe_plan
+from rslightning.plan import device_memory, parse_memory, read_plan
+from rslightning.plan_text import describe_plan, describe_ways_out
 from rslightning.recipes import find_config
-from rslightning.rslora import AdapterSpec
+from rslightning.redaction import redact_values
+from rslightning.resolve import resolve_devices, resolve_rank, resolve_start
+from rslightning.storage import write_text
 
 # Group name -> (type, default). `null` turns a group off. They run in this order, the summary last.
 GROUPS: Final[dict[str, tuple[Any, dict[str, Any] | None]]] = {
@@ -69,10 +72,6 @@ GROUPS: Final[dict[str, tuple[Any, dict[str, Any] | None]]] = {
 DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 SUBCOMMANDS: Final = ("fit", "validate", "test", "predict")
-
-NAMED_CHECKPOINTS: Final = ("best", "last", "hpc")
-"""Words that Lightning takes in the place of a checkpoint's path."""
-
 
 class SaveRunConfig(SaveConfigCallback):
     """Write the resolved configuration into the run folder: `config.yaml`, then `config.resume-N`.
@@ -95,7 +94,7 @@ class SaveRunConfig(SaveConfigCallback):
             # Not `parser.save`: it enters the folder for a moment, in which the thread that writes
             # TensorBoard's files would not find them where their relative paths say.
             text = self.parser.dump(self.config, skip_none=False)
-            path.write_text(text, encoding="utf-8")
+            write_text(path, _without_secrets(text))
 
 
 class RecipeCLI(LightningCLI):
@@ -123,12 +122,13 @@ class RecipeCLI(LightningCLI):
         """Add the groups of our callbacks, and hand the base model's name to the tokenizer."""
         for name, (kind, default) in GROUPS.items():
             parser.add_argument(f"--{name}", type=kind, default=default)
+        parser.add_argument("--auto_resume", type=bool, default=False)
         parser.link_arguments("model.base_model", "data.init_args.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what `run` was given; Lightning warns of arguments beside `sys.argv`.
 
-        Devices and a rank that are `auto` become numbers here, before anything is built or written.
+        Words that stand for a value get it here, before anything is built or written.
         """
         self.config = parser.parse_args(args)
         if self.build:
@@ -136,6 +136,7 @@ class RecipeCLI(LightningCLI):
             config = self.config if verb is None else self.config[verb]
             if verb is not None:
                 resolve_devices(config)
+                resolve_start(config, lambda: _plain(self._parser(verb), config))
             resolve_rank(config, verb is not None)
 
     def instantiate_classes(self) -> None:
@@ -150,12 +151,19 @@ class RecipeCLI(LightningCLI):
         except ValueError as error:
             raise UserError(explain(str(error), known_keys())) from error
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; where memory runs out, say what would need less."""
+        try:
+            super()._run_subcommand(subcommand)
+        except torch.OutOfMemoryError as error:
+            raise RunError(_describe_lack(self.config[subcommand].as_dict())) from error
+
     def before_fit(self) -> None:
         """Refuse a checkpoint that this run cannot go on from, before anything is built."""
         path = self._get(self.config, "ckpt_path")
-        content = _check_checkpoint(path)
-        if content is None:
+        if path is None:
             return
+        content = read_checkpoint(Path(path))
         self.model.refuse_other_structure(content.get("hyper_parameters") or {})
         in_parts = isinstance(self.trainer.strategy, DeepSpeedStrategy | ModelParallelStrategy)
         if Path(path).is_dir() and not in_parts:
@@ -168,8 +176,7 @@ class RecipeCLI(LightningCLI):
     def before_validate(self) -> None:
         """Take the adapter of the checkpoint alone: of any strategy and number of processes."""
         path = self._get(self.config, "ckpt_path")
-        _check_checkpoint(path)
-        if path is not None and path not in NAMED_CHECKPOINTS and self.model.adapter is not None:
+        if path is not None and self.model.adapter is not None:
             self.model.start_from = path
             self.config_init[self.subcommand]["ckpt_path"] = None
 
@@ -183,9 +190,8 @@ class RecipeCLI(LightningCLI):
         ours += [TensorBoardPanels(), RunSummary()]
         if self.subcommand == "predict":
             ours.append(WritePredictions())
-        started = started_processes(os.environ)
-        if self.subcommand == "fit" and started is not None and started.by == "SLURM":
-            ours.append(RequeueOnSignal())
+        if self.subcommand == "fit":
+            ours.append(StopOnSignal())
         if config.get("enable_progress_bar") is not False:
             ours.append(TQDMProgressBar())  # Lightning's choice depends on what else is installed
         if config.get("enable_checkpointing") is False or self.subcommand != "fit":
@@ -280,58 +286,6 @@ def read_config(arguments: Sequence[str]) -> dict[str, Any]:
     return config
 
 
-def resolve_devices(config: Namespace) -> None:
-    """Put what torchrun or SLURM started in the place of `trainer.devices` and `num_nodes`.
-
-    Args:
-        config: Options of one verb; changed in place.
-
-    Raises:
-        UserError: If they contradict each other, as `choose_devices` says.
-    """
-    trainer = config.trainer
-    trainer.devices, trainer.num_nodes = choose_devices(
-        trainer.devices, trainer.num_nodes, os.environ
-    )
-
-
-def resolve_rank(config: Namespace, is_run: bool) -> None:
-    """Put a number in the place of `model.adapter.rank: auto`: a checkpoint's, or one that fits.
-
-    Args:
-        config: Options of one verb; changed in place.
-        is_run: Whether a model is trained or used; if not, its rank does not matter.
-
-    Raises:
-        UserError: If the checkpoint says no rank, and what `choose_rank` raises.
-    """
-    adapter = config.model.adapter
-    if adapter is None or adapter.rank != "auto":
-        return
-    checkpoint = config.get("ckpt_path")
-    if not is_run:
-        adapter.rank = AdapterSpec.rank
-    elif checkpoint is not None:
-        adapter.rank = _rank_of_checkpoint(checkpoint)
-        rank_zero_info(f"rank: auto is {adapter.rank}, as in {checkpoint}.")
-    else:
-        adapter.rank, reason = choose_rank(config.as_dict())
-        rank_zero_info(reason)
-
-
-def _rank_of_checkpoint(path: str) -> int:
-    _check_checkpoint(path)
-    if path not in NAMED_CHECKPOINTS:
-        hparams = read_checkpoint(Path(path)).get("hyper_parameters") or {}
-        rank = (hparams.get("adapter") or {}).get("rank")
-        if isinstance(rank, int):
-            return rank
-    raise UserError(
-        f"rank: auto takes the rank of the checkpoint, and {path} does not say it: give "
-        "--model.adapter.rank a number."
-    )
-
-
 def _parse(arguments: Sequence[str], run: bool = True, build: bool = True) -> RecipeCLI:
     _quiet_libraries()
     try:
@@ -378,13 +332,29 @@ def _config_file(name: str) -> Path:
     return path
 
 
-def _check_checkpoint(path: str | None) -> dict[str, Any] | None:
-    """Return what a checkpoint holds; None where there is none, or Lightning is to find it."""
-    if path is None or path in NAMED_CHECKPOINTS:
-        return None
-    if not Path(path).exists():
-        raise UserError(f"There is no checkpoint {path}.")
-    return read_checkpoint(Path(path))
+def _without_secrets(text: str) -> str:
+    """Return a configuration, in YAML, with nothing changed but secrets."""
+    plain = yaml.safe_load(text)
+    hidden = redact_values(plain)
+    return text if hidden == plain else yaml.safe_dump(hidden, sort_keys=False)
+
+
+def _describe_lack(config: dict[str, Any]) -> str:
+    """Return what to say where a device had too little memory."""
+    memory = device_memory()
+    if memory is None:
+        return "The memory is used up."
+    try:
+        ways = describe_ways_out(read_plan(config), memory)
+    except UserError as error:  # a model or data that no plan is made for
+        ways = f"what would need less is not known: {error}"
+    return f"The device is out of memory: {ways}"
+
+
+def _plain(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
+    """Return a configuration in plain values, as a run saves it."""
+    plain: dict[str, Any] = redact_values(yaml.safe_load(parser.dump(config, skip_none=False)))
+    return plain
 
 
 def known_keys() -> Iterator[str]:
@@ -396,7 +366,7 @@ def known_keys() -> Iterator[str]:
             for option in get_args(annotation):
                 if is_dataclass(option):
                     yield from (f"{name}.{parameter}.{f.name}" for f in fields(option))
-    yield from ("config", "ckpt_path", "seed_everything")
+    yield from ("config", "ckpt_path", "seed_everything", "auto_resume")
 
 
 def _sections() -> Iterator[tuple[str, Any]]:

@@ -16,6 +16,19 @@ CHUNK_BYTES: Final = 2**28
 Chunks of fewer than about 256 positions take longer, most of all where the head is trained.
 """
 
+CPU_CHUNK_BYTES: Final = 2**24
+"""The same on a CPU, where a chunk that a cache holds, and malloc keeps, costs no page faults."""
+
+CPU_CHUNK_ROWS: Final = 128
+"""Positions for which it is worth reading a large head once more."""
+
+
+def loss_chunk_bytes(vocabulary: int, on_cpu: bool, trains_head: bool) -> int:
+    """Return the bytes of the float32 logits that a loss makes at a time."""
+    if not on_cpu or trains_head:
+        return CHUNK_BYTES
+    return min(CHUNK_BYTES, max(CPU_CHUNK_BYTES, CPU_CHUNK_ROWS * vocabulary * 4))
+
 
 @dataclass(frozen=True)
 class LinearMap:

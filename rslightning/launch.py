@@ -13,16 +13,17 @@ operation, where they would wait for it until a timeout of many minutes.
 
 import os
 import signal
+import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from subprocess import Popen
 from threading import Lock, Thread
 from typing import Any, Final, NamedTuple
 
-from rslightning.errors import RunError, UserError
+from rslightning.errors import Stopped, UserError, describe_failure
+from rslightning.redaction import redact
 
 LAUNCHER_VARIABLE: Final = "RSLIGHTNING_LAUNCHER"
 """Process id of rank 0, for the processes that it starts."""
@@ -35,6 +36,9 @@ WATCH_SECONDS: Final = 0.25
 EXIT_SECONDS: Final = 60.0
 
 ADVICE: Final = "the run has ended; --ckpt_path RUN/checkpoints/last.ckpt goes on with it"
+
+STOPPED: Final = tuple(128 + number for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM))
+"""Statuses of processes that a signal has stopped together (`Stopped`)."""
 
 
 class Started(NamedTuple):
@@ -175,6 +179,8 @@ class Children:
 
     def _follow(self, rank: int, process: Popen[Any]) -> None:
         status = process.wait()
+        if status in STOPPED:  # rank 0 is about to end in the same way
+            time.sleep(EXIT_SECONDS)
         interrupted = signal.getsignal(signal.SIGINT) != self._on_interrupt  # Lightning kills them
         if status != 0 and not interrupted and self.kill():
             _leave(f"rank {rank} {_describe(status)}: {ADVICE}.", max(status, 1))
@@ -196,10 +202,26 @@ def ending_together() -> Iterator[None]:
     except SystemExit:
         raise
     except BaseException as error:
+        if isinstance(error, Stopped) and error.signum == signal.SIGUSR1 and _rank() == 0:
+            _ask_for_another_turn()
         if CHILDREN.processes or _is_started():
             _fail(error)
         raise
     CHILDREN.finish()
+
+
+def _ask_for_another_turn() -> None:
+    """Ask SLURM to queue the job again, which it then ends."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    if job is not None:
+        with suppress(OSError):
+            subprocess.run(["scontrol", "requeue", job], check=False)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", _local_rank())))
 
 
 def _is_started() -> bool:
@@ -231,19 +253,33 @@ def _watch_launcher() -> None:
 
 def _fail(error: BaseException) -> None:
     """Tell the error, unless somebody else ends this process before its turn, and leave."""
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", _local_rank())))
-    lost_peer = _is_lost_peer(error)
+    if isinstance(error, Stopped):
+        _leave_together(error)
+    rank, lost_peer = _rank(), _is_lost_peer(error)
     time.sleep(LOST_PEER_SECONDS if lost_peer else 2.0 * (rank > 0) + 1.0 * (_local_rank() > 0))
     if not CHILDREN.kill():
         time.sleep(EXIT_SECONDS)  # the other thread ends this process
     if isinstance(error, KeyboardInterrupt):
         _leave("interrupted", 130)
-    if isinstance(error, UserError | RunError):
-        _leave(str(error), 2 if isinstance(error, UserError) else 1)
     if lost_peer:
         _leave(f"rank {rank} failed in communication: {' '.join(str(error).split())}", 1)
-    traceback.print_exception(error)
-    _leave(None, 1)
+    _leave(*describe_failure(error))
+
+
+def _leave_together(stopped: Stopped) -> None:
+    """Leave as all processes of the run do now, their state saved; rank 0 says why.
+
+    Those that it started go first. torchrun and srun end what is left when one has ended: so the
+    others leave rank 0 a moment.
+    """
+    if _rank() > 0:
+        time.sleep(0.0 if LAUNCHER_VARIABLE in os.environ else 2.0)
+        _leave(None, stopped.status)
+    for process in CHILDREN.processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(EXIT_SECONDS / 2)
+    CHILDREN.kill()
+    _leave(str(stopped), stopped.status)
 
 
 def _is_lost_peer(error: BaseException) -> bool:
@@ -264,7 +300,7 @@ def _describe(status: int) -> str:
 def _leave(message: str | None, status: int) -> None:
     """End this process now: no thread, library or other process is waited for."""
     if message is not None:
-        print(f"\nrslightning: {message}", file=sys.stderr)
+        print(f"\nrslightning: {redact(message)}", file=sys.stderr)
     with suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rslightning.batch import IGNORED
-from rslightning.cost import CHUNK_BYTES
+from rslightning.cost import loss_chunk_bytes
 
 
 def token_nats(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,8 @@ def linear_nats(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden, weight, bias)
     ]
-    nats: Tensor = _nats_and_gradients(hidden, weight, bias, targets, dtype, CHUNK_BYTES, wanted)[0]
+    chunk_bytes = loss_chunk_bytes(len(weight), device == "cpu", wanted[1])
+    nats: Tensor = _nats_and_gradients(hidden, weight, bias, targets, dtype, chunk_bytes, wanted)[0]
     return nats
 
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
 
-from rslightning.cost import CHUNK_BYTES, GIB, kept_entries
+from rslightning.cost import GIB, kept_entries, loss_chunk_bytes
 from rslightning.model_shape import Block, ModelShape
 from rslightning.training_step import WIDE, TrainingStep
 
@@ -233,9 +233,11 @@ def _loss_bytes(shape: ModelShape, step: TrainingStep) -> int:
     if shape.whole_logits:
         return logits * 3 + gradients
     copies = 2.0 if step.compute_bytes == WIDE else 1.5 + step.on_cpu  # which widens them aside
-    if step.ranks is None:
+    trains_head = step.ranks is None
+    if trains_head:
         gradients += shape.head.entries * WIDE
-    return round(min(logits, CHUNK_BYTES) * copies) + gradients
+    chunk = loss_chunk_bytes(shape.vocabulary, step.on_cpu, trains_head)
+    return round(min(logits, chunk) * copies) + gradients
 
 
 def _step_bytes(step: TrainingStep, entries: int) -> int:

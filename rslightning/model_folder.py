@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from rslightning.assets import PREFIX, resolve_asset
 from rslightning.errors import UserError
+from rslightning.manifest import MANIFEST_FILE, find_damage
 from rslightning.storage import open_tensors
 
 CONFIG_FILE: Final = "config.json"
@@ -54,17 +55,19 @@ class ModelFolder:
         return {name for names in self.shards.values() for name in names}
 
     def check_weights(self) -> None:
-        """Raise `UserError` unless every weight file is there and readable."""
+        """Raise `UserError` unless every weight file is there, readable and of its whole size."""
         _ = self.shards
+        if damage := find_damage(self.path, ".safetensors", contents=False):
+            raise UserError(f"{self.path} is damaged: {damage}; merge or copy it again.")
 
     def other_files(self) -> list[Path]:
-        """Configuration, tokenizer and templates: every file that is not weights."""
+        """Configuration, tokenizer and templates: what is not weights, nor speaks of them."""
         return [
             path
             for path in sorted(self.path.iterdir())
             if path.is_file()
             and path.suffix in {".json", ".model", ".txt", ".jinja"}
-            and path.name != INDEX_FILE
+            and path.name not in (INDEX_FILE, MANIFEST_FILE, "merge_report.json")
         ]
 
     def _indexed_files(self) -> list[str]:

@@ -21,6 +21,7 @@ from rslightning.losses import token_nats
 from rslightning.model_folder import absolute_name, find_model_folder
 from rslightning.optimizer import prefer_fused, refuse_parts
 from rslightning.output_head import logits_are_of_head, nats_for_logits
+from rslightning.random_streams import begin_stream
 from rslightning.rslora import AdapterSpec, InjectionReport, inject_adapters
 from rslightning.rslora.adalora import RankAllocator
 from rslightning.rslora.adapters import check_same_tensors, copy_adapter
@@ -135,11 +136,17 @@ class CausalLMModule(LightningModule):
         self.injection: InjectionReport | None = None
         self.logits_are_of_head = False
         self._shares_weights = False  # whether this process has a part of them only
+        self._seed: int | None = None  # of what is drawn in training, the same for all processes
         self._measured_step: int | None = None  # when the rounding of W' was measured last
         self._allocator: RankAllocator | None = None
         self._allocator_state: dict[str, Any] | None = None  # of the checkpoint to go on from
         self.mean_nats = MeanMetric()
         self._window: list[tuple[Tensor, Tensor]] = []  # micro-batches of the open step
+
+    def setup(self, stage: str) -> None:
+        """Agree on a seed; a checkpoint that is gone on from brings its own."""
+        if self._seed is None:
+            self._seed = self.trainer.strategy.broadcast(torch.initial_seed())
 
     def configure_model(self) -> None:
         """Load the base, inject the adapters; a second call does nothing."""
@@ -236,9 +243,12 @@ class CausalLMModule(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Measure, at steps 1, 2, 4, ..., 64, 128, 192, ..., which layers may merge in 16 bit.
 
-        And set the step at which the loss is logged to that of the optimizer.
+        And set the step at which the loss is logged to that of the optimizer, and begin the random
+        numbers of the batch: a run that goes on draws those of the run that was interrupted.
         """
         step = self.trainer.global_step
+        assert self._seed is not None
+        begin_stream(self._seed, step, len(self._window), self.global_rank)
         # Where it writes what is logged; going on from a pass's end Lightning counts one too many.
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = step
         due = step & (step - 1) == 0 or step % 64 == 0
@@ -349,6 +359,7 @@ class CausalLMModule(LightningModule):
         checkpoint["state_dict"] = {
             name: tensor for name, tensor in checkpoint["state_dict"].items() if name in trainable
         }
+        checkpoint["seed"] = self._seed
         # Which weights are kept as [in, out] cannot be told from the matrices where W is square.
         layers = adapter_layers(self.model)
         checkpoint["transposed"] = [
@@ -368,6 +379,7 @@ class CausalLMModule(LightningModule):
         self.refuse_other_structure(checkpoint.get("hyper_parameters", {}))
         if "state_dict" in checkpoint:  # DeepSpeed has loaded its own by now
             check_same_tensors(self.trainable_state(), checkpoint["state_dict"])
+        self._seed = checkpoint.get("seed", self._seed)
         self._allocator_state = checkpoint.get("allocation")
         merging = set(checkpoint.get("merges_in_16_bit", ()))
         for path, layer in adapter_layers(self.model):

@@ -113,6 +113,57 @@ def _describe_switches(plan: Plan, budget: float, best: int) -> Iterator[str]:
         yield f"{rank:>8}  {option}"
 
 
+def describe_ways_out(plan: Plan, memory: int) -> str:
+    """Return what to change where a run has found too little memory, each option by itself.
+
+    Args:
+        plan: What was trained.
+        memory: Bytes of one device.
+    """
+    now = _peak(plan)
+    # What was estimated to fit did not: less than that, then.
+    budget = min(memory, now) * (1 - MARGIN)
+    options = {**_smaller(plan, budget), **_switches(plan)}
+    fitting = [option for option, other in options.items() if _peak(other) <= budget]
+    said = f"the step was estimated at {_gib(now)}, and the device has {_gib(memory)}"
+    if not fitting:
+        return f"{said}; no single option would fit: try several of `rslightning plan`'s."
+    return f"{said}. By estimate any of these would fit: {'; '.join(fitting)}."
+
+
+def _peak(plan: Plan) -> int:
+    ranked = plan.at(plan.rank) if plan.rank else plan.step
+    return estimate_memory(plan.shape, ranked).total
+
+
+def _smaller(plan: Plan, budget: float) -> dict[str, Plan]:
+    """Return options for a lower rank, fewer rows and shorter ones -> the plan with them."""
+    step, found = plan.step, {}
+    lower = [rank for rank in plan.candidates if plan.rank and rank < plan.rank]
+    if rank := max((r for r in lower if plan.memory(r).total <= budget), default=None):
+        found[f"--model.adapter.rank {rank}"] = replace(plan, rank=rank)
+    for rows in _halves(step.rows):
+        other = replace(plan, step=replace(step, rows=rows))
+        if step.rows % rows == 0 and _peak(other) <= budget:
+            micro_batches = plan.accumulation * step.rows // rows
+            option = f"--data.batch_size {rows} --trainer.accumulate_grad_batches {micro_batches}"
+            found[option] = other
+            break
+    for length in _halves(step.length):
+        other = replace(plan, step=replace(step, length=length))
+        if _peak(other) <= budget:
+            found[f"--data.max_length {length}"] = other
+            break
+    return found
+
+
+def _halves(number: int) -> Iterator[int]:
+    """Yield a half, a quarter, ... down to 1."""
+    while number > 1:
+        number //= 2
+        yield number
+
+
 def _switches(plan: Plan) -> dict[str, Plan]:
     """Return options of `fit` that need less memory -> the plan with them."""
     step = plan.step

@@ -1,10 +1,14 @@
 """Files that exist whole or not at all, and tensors in safetensors.
 
-A folder is written aside on the same file system, flushed, and renamed into its place.
+A folder is written aside on the same file system, described by a manifest, flushed, and renamed
+into its place. Whenever the process dies, and whenever the machine does, the place holds what was
+there before or what is new, whole.
 """
 
+import ctypes
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from rslightning.errors import RunError, UserError
+from rslightning.manifest import write_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TENSORS_METADATA = {"format": "pt"}
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
 @contextmanager
@@ -41,13 +48,13 @@ def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     aside: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        _remove_left_behind(path)
+        aside = Path(tempfile.mkdtemp(prefix=f"{_own_mark(path)}{os.getpid()}.", dir=path.parent))
         yield aside
-        _open_to_others(aside)
-        _flush(aside)
-        _move_into_place(aside, path)
+        write_manifest(aside)
+        put_in_place(aside, path)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"Could not write {path}: {_reason(error)}.") from error
+        raise RunError(f"Could not write {path}: {reason_of(error)}.") from error
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
@@ -56,25 +63,52 @@ def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
 def put_in_place(aside: Path, path: Path) -> None:
     """Flush a file or folder to the disk and rename it `path`, in the place of what is there.
 
+    That is one step of the file system where it can exchange two names (on Linux nearly all can).
+    Else a folder's predecessor keeps its content under another name until the new one is there.
+
     Args:
         aside: What was written, whole, on the file system of `path`.
-        path: Its name. A file replaces a file in one step; a folder's predecessor keeps its content
-            under another name until the new one is there.
+        path: Its name.
 
     Raises:
         OSError: If the file system refuses.
     """
     _open_to_others(aside)
-    _flush(aside)
-    if aside.is_dir() or path.is_dir():
-        _move_into_place(aside, path)
+    for each in [*aside.rglob("*"), aside]:
+        flush(each)  # or the rename would outrun their bytes
+    if (aside.is_dir() or path.is_dir()) and path.exists():
+        if _exchange(aside, path):
+            remove(aside)
+        else:
+            _replace_folder(aside, path)
     else:
         aside.replace(path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Force the bytes of a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that exists whole or not at all.
+
+    Raises:
+        OSError: If the file system refuses.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    put_in_place(aside, path)
 
 
 def remove(path: Path) -> None:
     """Remove a file, or a folder with all that it holds, if it is there."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -110,10 +144,16 @@ def open_tensors(path: Path) -> Iterator[Any]:
         ) from None
 
 
-def _move_into_place(aside: Path, path: Path) -> None:
-    if not path.exists():
-        aside.rename(path)
-        return
+def _exchange(aside: Path, path: Path) -> bool:
+    """Let two names change places in one step; return False where that is not to be had."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    names = os.fsencode(aside.absolute()), os.fsencode(path.absolute())
+    return bool(rename(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0)
+
+
+def _replace_folder(aside: Path, path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.old.", dir=path.parent) as keep:
         old = path.rename(Path(keep) / path.name)
         try:
@@ -123,6 +163,30 @@ def _move_into_place(aside: Path, path: Path) -> None:
                 old.rename(path)
 
 
+def _own_mark(path: Path) -> str:
+    """Return how the names begin under which this machine writes `path`."""
+    return f".{path.name}.{socket.gethostname()}."
+
+
+def _remove_left_behind(path: Path) -> None:
+    """Remove what processes of this machine have left that died while they wrote `path`."""
+    mark = _own_mark(path)
+    for name in os.listdir(path.parent):
+        process = name.removeprefix(mark).partition(".")[0]
+        if name.startswith(mark) and process.isdigit() and not _is_alive(int(process)):
+            remove(path.parent / name)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def _open_to_others(folder: Path) -> None:
     """Give the files the permissions that the user's umask grants; libraries write private ones."""
     os.umask(mask := os.umask(0))
@@ -130,17 +194,8 @@ def _open_to_others(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
-def _flush(folder: Path) -> None:
-    """Force a file, or all of a folder, to the disk: the rename must not outrun their bytes."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Return why the file system refused, in its own words."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rslightning import losses
+from rslightning import cost, losses
 from rslightning.batch import IGNORED
 from rslightning.losses import linear_nats, token_nats
 
@@ -119,7 +119,7 @@ def fused(tensors, targets):
 @pytest.fixture(params=[1, 3, 8, 100], ids=lambda rows: f"{rows} rows")
 def chunk(request, monkeypatch):
     """Let a chunk of float32 logits have this many rows."""
-    monkeypatch.setattr(losses, "CHUNK_BYTES", request.param * V * 4 + 3)
+    monkeypatch.setattr(cost, "CHUNK_BYTES", request.param * V * 4 + 3)
     return request.param
 
 
@@ -137,7 +137,7 @@ def test_fused_nats_are_dense_ones(chunk, bias):
 
 @pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
 def test_fused_gradients_are_numerical_ones(monkeypatch, bias):
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 3 * V * 8)
+    monkeypatch.setattr(cost, "CHUNK_BYTES", 3 * V * 8)
     tensors, targets = head_inputs(bias, torch.float64)
     chosen = [x for x in tensors if x is not None]
     rest = [None] * (3 - len(chosen))
@@ -187,7 +187,7 @@ def test_in_bfloat16_only_the_products_are_rounded(chunk):
 
 def test_the_gradient_of_a_16_bit_weight_is_summed_in_float32(monkeypatch):
     """One row per chunk: 4,096 equal gradients of about -0.9; bfloat16's sum stops at 256."""
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(cost, "CHUNK_BYTES", 1)
     rows = 4096
     hidden = torch.ones(rows, 1, dtype=torch.bfloat16)
     weight = torch.zeros(V, 1, dtype=torch.bfloat16, requires_grad=True)
@@ -286,7 +286,7 @@ def test_torch_compile_takes_it_as_a_whole():
 def test_whole_logits_are_never_made(monkeypatch, largest_allocation, gradient):
     rows, words, chunk_rows = 301, 2003, 10
     whole = rows * words * 4
-    monkeypatch.setattr(losses, "CHUNK_BYTES", chunk_rows * words * 4)
+    monkeypatch.setattr(cost, "CHUNK_BYTES", chunk_rows * words * 4)
     hidden = torch.randn(rows, H, requires_grad=gradient)
     weight, targets = torch.randn(words, H), torch.arange(rows)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rslightning import hf, losses, memory
+from rslightning import cost, hf, memory
 from rslightning.cost import GIB
 from rslightning.memory import MemoryEstimate, estimate_memory
 from rslightning.model_shape import read_shape
@@ -352,8 +352,7 @@ def test_the_peak_of_other_families(family, tmp_path):
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("rank", [8, None])
 def test_the_peak_where_logits_come_in_chunks(rank, mixed, tmp_path, monkeypatch):
-    for module in (losses, memory):
-        monkeypatch.setattr(module, "CHUNK_BYTES", 2**22)
+    monkeypatch.setattr(cost, "CHUNK_BYTES", 2**22)
     case = BENCHMARK.Case("chunks", rank, 64, 2, words=6000, mixed=mixed)
     predicted, measured = peaks(case, tmp_path)
     assert 640 * 6000 * 4 > 3 * 2**22

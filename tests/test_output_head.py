@@ -26,7 +26,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from rslightning import CausalLMModule, losses
+from rslightning import CausalLMModule, cost
 from rslightning.batch import IGNORED, Batch
 from rslightning.callbacks import NonFiniteGuard
 from rslightning.errors import RunError
@@ -110,7 +110,7 @@ def gradients_of(model, nats):
 @pytest.mark.parametrize("name", ["llama", "gpt2", *PLAIN])
 def test_nats_and_gradients_are_those_of_the_whole_logits(build, monkeypatch, name):
     """In full fine-tuning, so that the gradient of the head, also of a tied one, is compared."""
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * V * 8)
+    monkeypatch.setattr(cost, "CHUNK_BYTES", 4 * V * 8)
     model, batch = build(name), batch_of()
     assert logits_are_of_head(model)
     with nats_for_logits(model, batch.labels):
@@ -286,7 +286,7 @@ def test_an_adapted_head_has_the_loss_of_its_logits(make_module):
 def test_a_step_of_the_module_makes_no_whole_logits(
     make_module, make_data, monkeypatch, largest_allocation
 ):
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 2**14)
+    monkeypatch.setattr(cost, "CHUNK_BYTES", 2**14)
     module, data = make_module(), make_data()
     module.configure_model()
     data.setup("fit")

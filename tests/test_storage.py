@@ -1,12 +1,22 @@
 import os
+import socket
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from rslightning import storage
 from rslightning.errors import RunError, UserError
-from rslightning.storage import new_folder, open_tensors, put_in_place, remove, save_tensors
+from rslightning.storage import (
+    new_folder,
+    open_tensors,
+    put_in_place,
+    remove,
+    save_tensors,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -18,7 +28,7 @@ def test_a_folder_appears_when_the_block_ends(tmp_path):
     with new_folder(target) as aside:
         (aside / "file").write_text("content")
         assert not target.exists()
-    assert names(tmp_path) == ["deep", "deep/run", "deep/run/file"]
+    assert names(tmp_path) == ["deep", "deep/run", "deep/run/file", "deep/run/manifest.json"]
     assert target.stat().st_mode & 0o777 == 0o755
 
 
@@ -38,7 +48,7 @@ def test_an_empty_folder_is_taken(tmp_path):
     (tmp_path / "run").mkdir()
     with new_folder(tmp_path / "run") as aside:
         (aside / "file").write_text("content")
-    assert names(tmp_path) == ["run", "run/file"]
+    assert names(tmp_path) == ["run", "run/file", "run/manifest.json"]
 
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path):
@@ -78,7 +88,35 @@ def test_replacing_leaves_only_the_new(tmp_path):
     with new_folder(target, replace=True) as aside:
         (aside / "new").write_text("new")
         assert names(target) == ["old"]  # until the new one is complete
-    assert names(tmp_path) == ["run", "run/new"]
+    assert names(tmp_path) == ["run", "run/manifest.json", "run/new"]
+
+
+def test_replacing_without_an_exchange_leaves_only_the_new(tmp_path, no_exchange):
+    test_replacing_leaves_only_the_new(tmp_path)
+
+
+def test_what_a_dead_process_left_is_removed(tmp_path):
+    mark = f".run.{socket.gethostname()}."
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (f"{mark}{dead.pid}.x", f"{mark}{os.getpid()}.y", ".run.elsewhere.1.z", ".run.1"):
+        (tmp_path / name).mkdir()
+    with new_folder(tmp_path / "run"):
+        pass
+    assert names(tmp_path) == [
+        ".run.1",
+        ".run.elsewhere.1.z",
+        f"{mark}{os.getpid()}.y",
+        "run",
+        "run/manifest.json",
+    ]
+
+
+def test_a_file_is_replaced_by_a_whole_one(tmp_path):
+    write_text(tmp_path / "file", "old")
+    write_text(tmp_path / "file", "new")
+    assert names(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "new"
 
 
 def test_a_failed_replacement_keeps_the_old(tmp_path):
@@ -97,7 +135,15 @@ def test_a_failed_replacement_keeps_the_old(tmp_path):
     assert names(tmp_path) == ["run", "run/old"]
 
 
-def test_the_old_folder_comes_back_where_the_new_one_cannot_be_moved(tmp_path, monkeypatch):
+@pytest.fixture
+def no_exchange(monkeypatch):
+    """Stand in a file system that cannot let two names change places."""
+    monkeypatch.setattr(storage, "_exchange", lambda aside, path: False)
+
+
+def test_the_old_folder_comes_back_where_the_new_one_cannot_be_moved(
+    tmp_path, monkeypatch, no_exchange
+):
     target = tmp_path / "run"
     target.mkdir()
     (target / "old").write_text("old")
@@ -200,7 +246,7 @@ def test_files_get_the_permissions_of_the_umask(tmp_path):
     finally:
         os.umask(before)
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new").iterdir()]
-    assert modes == [0o640]
+    assert modes == [0o640, 0o640]
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o750
 
 

@@ -13,6 +13,7 @@ from rslightning.callbacks.non_finite_guard import NonFiniteGuard
 from rslightning.callbacks.rank_stability import RankStabilityReport
 from rslightning.callbacks.run_summary import RunSummary
 from rslightning.callbacks.score_answers import ScoreAnswers
+from rslightning.callbacks.stop_on_signal import StopOnSignal
 from rslightning.callbacks.tensorboard_panels import TensorBoardPanels
 from rslightning.callbacks.throughput import TokenThroughputMonitor
 
@@ -25,6 +26,7 @@ __all__ = [
     "RankStabilityReport",
     "RunSummary",
     "ScoreAnswers",
+    "StopOnSignal",
     "TensorBoardPanels",
     "TokenThroughputMonitor",
     "TrainableCheckpoint",

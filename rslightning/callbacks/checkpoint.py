@@ -1,108 +1,245 @@
 """Checkpoints that are counted in optimizer steps, of the trainable state."""
 
+import errno
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.optim import Optimizer
 from typing_extensions import final
 
+from rslightning.callbacks.merge_adapters import run_folder
 from rslightning.callbacks.non_finite_guard import NonFiniteError
-from rslightning.storage import put_in_place, remove
+from rslightning.callbacks.stop_on_signal import StopNow
+from rslightning.checkpoint_folder import CHECKPOINTS, list_steps, point_last, step_name
+from rslightning.errors import RunError, Stopped
+from rslightning.manifest import write_manifest
+from rslightning.storage import put_in_place, reason_of, remove
+
+PARTIAL: Final = ".partial.ckpt"
+PROBE_BYTES: Final = 2**20
 
 
 @final
-class TrainableCheckpoint(ModelCheckpoint):
+class TrainableCheckpoint(Checkpoint):
     """Save every n optimizer steps and at the end of training; keep the newest few.
 
-    Files are `checkpoints/step-N.ckpt` in the run folder, and `last.ckpt` beside them. What they
-    hold is the module's business: a `CausalLMModule` saves its trainable state, the optimizer's and
-    the loops'. Each is written under another name and gets its own when it is whole: whenever a
-    process dies, a checkpoint of before can be read.
+    Files are `checkpoints/step-N.ckpt` in the run folder, and `last.ckpt` is a link to the newest.
+    What they hold is the module's business: a `CausalLMModule` saves its trainable state, the
+    optimizer's and the loops'. Each is written under another name, flushed, and gets its own when
+    it is whole: whenever a process dies, or its machine, the checkpoints of before can be read.
 
-    An exception leaves the state before it. Where there are several processes, only one that all of
-    them raise at the same step does (`NonFiniteGuard`'s, and a signal to terminate): for any other
-    those that save would wait for those that compute, and the run would hang.
+    Where the disk refuses (it is full, or the folder is gone), a warning says so, the checkpoints
+    of before stay, and the next one is due at the next interval; if the last one fails, too, so
+    does the run, after whatever else it can still write.
+
+    A signal that ends the run (`StopOnSignal`) leaves the state of its last step. So does any
+    exception: the run that goes on repeats the step that failed. Where there are several processes,
+    only one that all of them raise at the same step does (`NonFiniteGuard`'s): for any other those
+    that save would wait for those that compute, and the run would hang.
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints.
         keep_last: How many of the newest stay.
+
+    Raises:
+        ValueError: If one of them is not positive.
+        RunError: At the end of the fit, if the final state could not be saved.
     """
 
     def __init__(self, every_n_steps: int = 500, keep_last: int = 2) -> None:
-        super().__init__(
-            filename="step-{step}",
-            auto_insert_metric_name=False,
-            monitor="step",
-            mode="max",
-            save_top_k=keep_last,
-            save_last=True,
-            save_on_exception=True,
-            every_n_train_steps=every_n_steps,
-            enable_version_counter=False,
-        )
+        for name, value in {"every_n_steps": every_n_steps, "keep_last": keep_last}.items():
+            if value < 1:
+                raise ValueError(f"checkpoint.{name} is {value}; it must be positive.")
+        self.every_n_steps, self.keep_last = every_n_steps, keep_last
+        self.dirpath: str | None = None
+        self.problem: str | None = None
+        self._saved_step = 0  # nothing is worth saving before the first step
+        self._between_steps: dict[str, Any] | None = None  # the fit loop's state after a step
+        self._steps = False  # whether an optimizer step is being made
+        self._goes_back = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the folder, the same for all processes."""
+        self.dirpath = trainer.strategy.broadcast(str(run_folder(trainer) / CHECKPOINTS))
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = FileIO()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the step that is in the checkpoint from which the run goes on."""
+        self._saved_step = trainer.global_step
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Note that the weights are about to change."""
+        self._steps = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save between two optimizer steps only: gradients of a begun one are in no checkpoint.
-
-        A run that goes on from step n would else save it again after its first micro-batch.
-        """
-        if not trainer.fit_loop._should_accumulate():
-            if trainer.global_step % self._every_n_train_steps == 0:
-                # Lightning does so after the save: were the process killed between the two, the
-                # run that goes on would lack this step's loss.
-                trainer._logger_connector.update_train_step_metrics()
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        """Save between two optimizer steps only: gradients of a begun one are in no checkpoint."""
+        if trainer.fit_loop._should_accumulate() or trainer.fast_dev_run:
+            return
+        self._step_is_over(trainer)
+        if trainer.global_step % self.every_n_steps == 0:
+            self._log_step(trainer)
+            self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the final state, whatever the interval; a dry run leaves nothing.
+        """Save the final state, whatever the interval; a dry run leaves nothing."""
+        if not trainer.fast_dev_run:
+            self.save(trainer)
 
-        The base class would keep the state of the last interval, and save in dry runs, too.
-        """
-        if trainer.fast_dev_run or not self.dirpath:
-            return
-        self.last_model_path = str(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}.ckpt")
-        self._save_checkpoint(trainer, self.last_model_path)
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fail if the final state is not on the disk; other callbacks have written theirs."""
+        if self.problem:
+            raise RunError(f"The final state is in no checkpoint: {self.problem}")
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Save the state before the exception, if all processes are here to save it."""
-        if trainer.world_size == 1 or isinstance(exception, NonFiniteError | SIGTERMException):
-            super().on_exception(trainer, pl_module, exception)
+        """Save the state after the last whole step, if all processes are here to save it.
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """Save under the name of a whole file: the base class writes into what it replaces.
-
-        What was logged up to here is on its way to the disk before.
+        Raises:
+            RunError: If a signal ended the run, and that state could not be saved.
         """
+        together = isinstance(exception, NonFiniteError | SIGTERMException | Stopped)
+        if isinstance(exception, StopNow) or (trainer.world_size > 1 and not together):
+            return
+        if isinstance(exception, Stopped) and self._steps:  # by the callback before this one
+            self._step_is_over(trainer)
+            self._log_step(trainer)
+        if isinstance(exception, NonFiniteError):
+            self._steps = False  # it is raised before the step is made
+        if self._between_steps is not None and not self._steps:
+            self._goes_back = True
+            self.save(trainer)
+        if isinstance(exception, Stopped) and self.problem:
+            raise RunError(f"{exception}, and that step is in no checkpoint: {self.problem}")
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let a run that goes on from an exception repeat the batches of the step that failed."""
+        if self._goes_back:
+            checkpoint["loops"]["fit_loop"] = self._between_steps
+
+    def _step_is_over(self, trainer: Trainer) -> None:
+        self._steps = False
+        self._between_steps = trainer.fit_loop.state_dict()
+
+    def _log_step(self, trainer: Trainer) -> None:
+        """Log what Lightning logs after the save: a process killed between would lack it."""
+        trainer._logger_connector.update_train_step_metrics()
+
+    def save(self, trainer: Trainer) -> None:
+        """Save what the last optimizer step left, unless that is done; all processes call it."""
+        step = trainer.global_step
+        if step == self._saved_step and not self.problem:
+            return
+        assert self.dirpath is not None
+        folder = Path(self.dirpath)
         for logger in trainer.loggers if trainer.is_global_zero else []:
-            logger.save()
-        save_whole(trainer, Path(filepath), self.save_weights_only)
-        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+            logger.save()  # what was logged up to here is on its way to the disk before
+        self.problem = save_whole(trainer, folder / step_name(step))
+        if self.problem is None and trainer.is_global_zero:
+            self.problem = self._make_newest(folder, step)
+        self.problem = trainer.strategy.broadcast(self.problem)
+        if self.problem:
+            rank_zero_warn(
+                f"{folder / step_name(step)} could not be saved: {self.problem} "
+                f"{_describe_kept(folder)}; the next one is due in {self.every_n_steps} steps."
+            )
+            return
+        self._saved_step = step
         for logger in trainer.loggers if trainer.is_global_zero else []:
-            logger.after_save_checkpoint(self)
+            logger.after_save_checkpoint(self)  # type: ignore[arg-type]
+
+    def _make_newest(self, folder: Path, step: int) -> str | None:
+        """Let `last.ckpt` be the checkpoint of a step, and remove those before that are over."""
+        try:
+            point_last(folder, step)
+        except OSError as error:
+            return f"{reason_of(error)}."
+        for number, path in list_steps(folder)[: -self.keep_last]:
+            if number < step:
+                remove(path)
+        return None
 
 
-def save_whole(trainer: Trainer, path: Path, weights_only: bool = False) -> None:
+class FileIO(TorchCheckpointIO):
+    """Writes a checkpoint straight into its file, and remembers an error instead of raising it.
+
+    Lightning's own makes a copy in memory first. Only the first process writes; were it to raise,
+    the others would wait for it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.problem: OSError | None = None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write the file; `problem` says what came between."""
+        self.problem = None
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(checkpoint, path)
+        except OSError as error:
+            self.problem = error
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(checkpoint, path)
+    except RuntimeError as error:  # torch's writer keeps the system's reason to itself
+        with path.open("ab") as file:
+            file.write(bytes(PROBE_BYTES))
+        raise OSError(errno.EIO, str(error).partition("\n")[0]) from error
+
+
+def save_whole(trainer: Trainer, path: Path) -> str | None:
     """Save a checkpoint, file or folder, that has its name when it is whole; all processes call it.
 
     Args:
         trainer: Whose state is saved, as its strategy does.
         path: The file or folder, the same on all processes; it may replace another.
-        weights_only: Whether to leave out the optimizer's and the loops' state.
+
+    Returns:
+        What came between, the same on all processes; None if it is saved.
     """
-    aside = path.with_name(".partial.ckpt")
+    aside = path.with_name(PARTIAL)
     if trainer.is_global_zero:
         remove(aside)  # what a run that died left
     trainer.strategy.barrier()
+    problem: OSError | None = None
     try:
-        trainer.save_checkpoint(aside, weights_only)
-        if trainer.is_global_zero:
+        trainer.save_checkpoint(aside)
+        problem = getattr(trainer.strategy.checkpoint_io, "problem", None)
+        trainer.strategy.barrier()
+        if trainer.is_global_zero and problem is None:
+            if aside.is_dir():
+                write_manifest(aside)
             put_in_place(aside, path)
-    finally:
-        if trainer.is_global_zero:
-            remove(aside)
+    except OSError as error:
+        if isinstance(trainer.strategy, DeepSpeedStrategy) and trainer.world_size > 1:
+            raise  # its other processes may be waiting: the run has to end
+        problem = error
+    if trainer.is_global_zero:
+        remove(aside)
+    said = f"{reason_of(problem)}." if problem else None
+    return trainer.strategy.broadcast(said)
+
+
+def _describe_kept(folder: Path) -> str:
+    steps = list_steps(folder)
+    return f"{steps[-1][1].name} stays the newest" if steps else "There is none of before"

@@ -14,6 +14,7 @@ from typing import Any, Final
 from filelock import FileLock
 
 from rslightning.errors import RunError
+from rslightning.manifest import find_damage
 from rslightning.storage import new_folder
 
 FORMAT: Final = 2
@@ -40,7 +41,7 @@ def cached_folder(key: str, build: Callable[[Path], None]) -> Path:
         RunError: If the file system refuses.
     """
     folder = cache_root() / key
-    if folder.is_dir():
+    if _is_whole(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -51,10 +52,15 @@ def cached_folder(key: str, build: Callable[[Path], None]) -> Path:
             f"set {CACHE_VARIABLE} to another one."
         ) from None
     with lock:
-        if not folder.is_dir():
-            with new_folder(folder) as aside:
+        if not _is_whole(folder):
+            with new_folder(folder, replace=True) as aside:
                 build(aside)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Tell whether a cache is there with all that was written; a damaged one is built anew."""
+    return folder.is_dir() and find_damage(folder, contents=False) is None
 
 
 def file_digest(path: Path) -> str:

@@ -10,6 +10,7 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
+from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -27,7 +28,7 @@ from rslightning.parts_checkpoint import (
     read_meta,
     write_part,
 )
-from rslightning.storage import remove
+from rslightning.storage import reason_of, remove
 from rslightning.strategies.materialize import broadcast_buffers, materialize
 
 
@@ -130,9 +131,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(filepath))
-        if self.is_global_zero:
-            remove(path)  # no part of an older one may be taken for one of this
-            path.mkdir(parents=True)
+        problem = self._make_folder(path) if self.is_global_zero else None
         self.barrier()
         parts = {f"{STATE}{name}": part for name, part in checkpoint.pop("state_dict").items()}
         for number, saved in enumerate(checkpoint.get("optimizer_states", ())):
@@ -141,10 +140,30 @@ class FSDP2Strategy(ModelParallelStrategy):
                     parts[f"optimizer.{number}.{index}.{name}"] = values.pop(name)
         local = {name: part.to_local() for name, part in parts.items()}
         rank, processes = _place(next(iter(parts.values())))
-        if self.global_rank == rank:  # other nodes may have the same
-            write_part(path, rank, processes, local)
-        self.barrier()
+        try:
+            if self.global_rank == rank:  # other nodes may have the same
+                write_part(path, rank, processes, local)
+        except (OSError, SafetensorError) as error:
+            problem = problem or reason_of(error)
+        self._refuse_together(problem)
         Strategy.save_checkpoint(self, checkpoint, path / META_FILE, storage_options)
+
+    @staticmethod
+    def _make_folder(path: Path) -> str | None:
+        """Make an empty folder; return what came between."""
+        try:
+            remove(path)  # no part of an older one may be taken for one of this
+            path.mkdir(parents=True)
+        except OSError as error:
+            return reason_of(error)
+        return None
+
+    def _refuse_together(self, problem: str | None) -> None:
+        """Raise `OSError` on all processes if one of them could not write; else all would wait."""
+        problems: list[str | None] = [None] * self.world_size
+        distributed.all_gather_object(problems, problem)
+        if found := next(filter(None, problems), None):
+            raise OSError(found)
 
     @override
     def load_checkpoint(

@@ -237,7 +237,9 @@ def test_errors_are_those_of_the_dtype_and_of_the_usual_order(order, parts, dtyp
     usual, _ = errors_and_dtypes(USUAL_ORDER, parts, dtypes)
     assert dtype == (WIDE if dtypes == "float32" else NARROW)
     assert max(errors) < (1e-6 if dtype == WIDE else 1.2 * ROUNDING)
-    assert all(ours < 1.1 * theirs for ours, theirs in zip(errors, usual, strict=True))
+    # In float32 the order of the sums, which differs from processor to processor, moves it more.
+    factor = 1.25 if dtype == WIDE else 1.1
+    assert all(ours < factor * theirs for ours, theirs in zip(errors, usual, strict=True))
 
 
 def test_a_merged_weight_loses_no_more_than_y_does_at_any_size_of_the_update():

@@ -1,0 +1,160 @@
+import os
+import signal
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from rslightning.callbacks import StopOnSignal, TrainableCheckpoint
+from rslightning.errors import RunError, Stopped
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+
+resumes = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+
+
+class Told(Callback):
+    """Send signals to this process, of one rank, in the midst of a step."""
+
+    def __init__(self, *signals, rank=0, step=2, micro_batch=0):
+        self.signals, self.place = signals, (rank, step, micro_batch)
+        self.micro_batch = 0
+
+    def on_after_backward(self, trainer, pl_module):
+        here = (trainer.global_rank, trainer.global_step, self.micro_batch)
+        self.micro_batch = (self.micro_batch + 1) % trainer.accumulate_grad_batches
+        if here == self.place:
+            for number in self.signals:
+                os.kill(os.getpid(), number)
+
+
+@pytest.fixture(autouse=True)
+def same_handlers():
+    """The signals mean afterwards what they meant before."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def saved(folder: Path) -> dict[str, int]:
+    return {
+        path.name: torch.load(path, weights_only=True)["global_step"]
+        for path in sorted((folder / "checkpoints").glob("*"))
+    }
+
+
+@pytest.fixture
+def fit(make_trainer, make_module, make_data, tmp_path):
+    """Return the function that fits: callbacks, and options of the Trainer."""
+
+    def run(*callbacks, module=None, ckpt_path=None, **options):
+        torch.manual_seed(7)
+        options = {"limit_val_batches": 0, "max_steps": 6, "enable_checkpointing": True} | options
+        callbacks = [StopOnSignal(), *callbacks]
+        if options["enable_checkpointing"]:
+            callbacks.append(TrainableCheckpoint(100))
+        trainer = make_trainer(callbacks=callbacks, **options)
+        module = module or make_module()
+        trainer.fit(module, make_data(), ckpt_path=ckpt_path)
+        return module.trainable_state()
+
+    return run
+
+
+def give_back(signals=SIGNALS):
+    """Do what the command does not need to: its process ends."""
+    for number in signals:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else 0)
+
+
+@resumes
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_the_step_is_ended_and_saved_and_gone_on_from(fit, tmp_path, capsys, number):
+    with pytest.raises(Stopped) as caught:
+        fit(Told(number, micro_batch=0), accumulate_grad_batches=2)
+    give_back()
+    assert str(caught.value) == f"stopped by {number.name} after step 3"
+    assert caught.value.status == 128 + number
+    assert saved(tmp_path) == {"last.ckpt": 3, "step-3.ckpt": 3}
+    again = "; once more stops at once" if number == signal.SIGINT else ""
+    assert f"{number.name}: stopping after this step{again}\n" in capsys.readouterr().err
+    last = tmp_path / "checkpoints/last.ckpt"
+    resumed = fit(accumulate_grad_batches=2, ckpt_path=last)
+    whole = fit(accumulate_grad_batches=2, enable_checkpointing=False)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_processes_stop_when_one_is_told(fit, run_processes, tmp_path, rank):
+    def run(_):
+        options = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
+        with pytest.raises(Stopped, match="^stopped by SIGTERM after step 3$"):
+            fit(Told(signal.SIGTERM, rank=rank), **options)
+
+    assert run_processes(2, run) == [0, 0]
+    assert saved(tmp_path) == {"last.ckpt": 3, "step-3.ckpt": 3}
+
+
+def test_a_second_interrupt_stops_at_once_and_saves_nothing(fit, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        fit(Told(signal.SIGINT, signal.SIGINT))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores more of them
+    assert isinstance(caught.value.__context__, KeyboardInterrupt)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_second_request_to_terminate_changes_nothing(fit, tmp_path):
+    with pytest.raises(Stopped):
+        fit(Told(signal.SIGTERM, signal.SIGTERM))
+    give_back()
+    assert saved(tmp_path) == {"last.ckpt": 3, "step-3.ckpt": 3}
+
+
+class ToldInValidation(Callback):
+    def __init__(self):
+        self.batches = 0
+
+    def on_validation_batch_start(self, trainer, *arguments, **options):
+        if not trainer.sanity_checking:
+            self.batches += 1
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@resumes
+def test_a_validation_is_interrupted_and_the_step_before_it_saved(fit, tmp_path):
+    told = ToldInValidation()
+    options = {"limit_val_batches": 2, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    with pytest.raises(Stopped, match="after step 2$"):
+        fit(told, **options)
+    give_back()
+    assert told.batches == 1
+    assert saved(tmp_path) == {"last.ckpt": 2, "step-2.ckpt": 2}
+    resumed = fit(ckpt_path=tmp_path / "checkpoints/last.ckpt", **options)
+    whole = fit(enable_checkpointing=False, **options)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_state_that_cannot_be_saved_is_a_failure(fit, tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.warns(UserWarning, match="could not be saved"), pytest.raises(RunError) as caught:
+        fit(Told(signal.SIGTERM))
+    give_back()
+    assert str(caught.value).startswith(
+        "stopped by SIGTERM after step 3, and that step is in no checkpoint: "
+    )
+
+
+def test_without_a_signal_nothing_is_different(fit):
+    def disturbed(number):
+        raise AssertionError(number)
+
+    before = signal.signal(signal.SIGUSR1, disturbed)
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            fit(enable_checkpointing=False, max_steps=2)
+        assert signal.getsignal(signal.SIGUSR1) is disturbed
+        assert not [each for each in told if "signal" in str(each.message)]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
