@@ -10,6 +10,7 @@ from typing import Final
 
 from rslightning.errors import UserError
 from rslightning.manifest import find_damage
+from rslightning.safe_load import load_plain
 from rslightning.storage import flush, remove
 
 CHECKPOINTS: Final = "checkpoints"
@@ -44,6 +45,17 @@ def point_last(folder: Path, step: int) -> None:
     flush(folder)
 
 
+def damage_of(path: Path) -> str | None:
+    """Return in a few words what is wrong with a checkpoint; None if it can be gone on from."""
+    damage = find_damage(path)
+    if damage is None and not path.is_dir():
+        try:
+            load_plain(path)
+        except UserError as error:
+            return str(error).removeprefix(f"{path} ").rstrip(".")
+    return damage
+
+
 def newest_whole(folder: Path) -> tuple[Path, list[str]]:
     """Return the newest checkpoint that is whole, and a sentence for each newer one that is not.
 
@@ -59,7 +71,7 @@ def newest_whole(folder: Path) -> tuple[Path, list[str]]:
     damaged: list[str] = []
     candidates = _newest_first(folder)
     for path in candidates:
-        damage = find_damage(path)
+        damage = damage_of(path)
         if damage is None:
             return path, damaged
         damaged.append(f"{path} is not whole ({damage})")

@@ -2,8 +2,12 @@
 
 import os
 import signal
+import tempfile
 import traceback
+from pathlib import Path
 from typing import Final
+
+from rslightning.redaction import redact
 
 DEBUG: Final = "--debug"
 DEBUG_VARIABLE: Final = "RSLIGHTNING_DEBUG"
@@ -34,14 +38,26 @@ class Stopped(RunError):
 
 
 def describe_failure(error: BaseException) -> tuple[str, int]:
-    """Return a sentence and an exit status for what ended a command; print where, if asked to."""
-    is_asked = os.environ.get(DEBUG_VARIABLE)
-    if is_asked:
+    """Return a sentence and an exit status for what ended a command.
+
+    Where that is unexpected, its traceback is written into a temporary file, which the sentence
+    names: a run of days need not be repeated to see it. With `--debug`, it is printed.
+    """
+    if os.environ.get(DEBUG_VARIABLE):
         traceback.print_exception(error)
     if isinstance(error, Stopped):
         return str(error), error.status
     if isinstance(error, UserError | RunError):
         return str(error), 2 if isinstance(error, UserError) else 1
-    text = " ".join(str(error).split())
-    where = "" if is_asked else f" (this is unexpected: {DEBUG} shows where it happened)"
-    return f"{type(error).__name__}{': ' if text else ''}{text}{where}", 1
+    text = ": ".join(filter(None, [type(error).__name__, " ".join(str(error).split())]))
+    return f"{text} ({_keep_traceback(error)})", 1
+
+
+def _keep_traceback(error: BaseException) -> str:
+    """Return, in a few words, where to find the traceback of an error."""
+    path = Path(tempfile.gettempdir()) / f"rslightning-error-{os.getpid()}.txt"
+    try:
+        path.write_text(redact("".join(traceback.format_exception(error))), encoding="utf-8")
+    except OSError:
+        return f"this is unexpected: {DEBUG} shows where it happened"
+    return f"this is unexpected: {path} shows where it happened"

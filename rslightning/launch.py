@@ -11,6 +11,7 @@ A process that fails leaves at once, without tidying up: the others may be insid
 operation, where they would wait for it until a timeout of many minutes.
 """
 
+import atexit
 import os
 import signal
 import subprocess
@@ -208,6 +209,10 @@ def ending_together() -> Iterator[None]:
             _fail(error)
         raise
     CHILDREN.finish()
+    if CHILDREN.processes or _is_started():
+        # Threads of the communication libraries now and then abort a process that ends by itself.
+        atexit._run_exitfuncs()
+        _leave(None, 0)
 
 
 def _ask_for_another_turn() -> None:

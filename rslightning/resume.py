@@ -12,9 +12,8 @@ from typing import Any, Final, NamedTuple
 import yaml
 
 from rslightning.checkpoint import is_checkpoint
-from rslightning.checkpoint_folder import CHECKPOINTS, LAST, list_steps, newest_whole
+from rslightning.checkpoint_folder import CHECKPOINTS, LAST, damage_of, list_steps, newest_whole
 from rslightning.errors import UserError
-from rslightning.manifest import find_damage
 
 CONFIG_FILE: Final = "config.yaml"
 
@@ -66,12 +65,12 @@ def resolve_checkpoint(name: str, trainer: Mapping[str, Any]) -> Found:
         return _newest(path.parent)
     if not path.exists():
         raise UserError(f"There is no checkpoint {path}.")
-    damage = find_damage(path)
+    damage = damage_of(path)
     if damage is None:
         return Found(path, [])
     earlier = [p for _, p in list_steps(path.parent) if p.stat().st_mtime < path.stat().st_mtime]
     for other in reversed(earlier):
-        if find_damage(other) is None:
+        if damage_of(other) is None:
             said = f"{path} is not whole ({damage}): going on from {other.name} of before."
             return Found(other, [said])
     raise UserError(f"{path} is not whole ({damage}), and no checkpoint of before is beside it.")

@@ -6,7 +6,7 @@ import torch
 
 from rslightning.checkpoint_folder import list_steps, newest_whole, point_last, step_name
 from rslightning.errors import UserError
-from rslightning.manifest import write_manifest
+from rslightning.manifest import find_damage, write_manifest
 
 
 def save(folder, step, seconds):
@@ -64,6 +64,23 @@ def test_a_damaged_one_is_passed_over_and_told(folder):
     cut(folder / "step-100.ckpt")
     damaged = f"{folder / 'step-100.ckpt'} is not whole (it ends too early, or its directory is "
     assert newest_whole(folder) == (folder / "step-10.ckpt", [f"{damaged}damaged)"])
+
+
+def test_what_only_torch_finds_is_passed_over(folder):
+    path = folder / "step-100.ckpt"
+    content = bytearray(path.read_bytes())
+    time = path.stat().st_mtime
+    refused = 0
+    for position in range(0, len(content), 3):
+        changed = content.copy()
+        changed[position] ^= 0x55
+        path.write_bytes(changed)
+        os.utime(path, (time, time))
+        found, damaged = newest_whole(folder)
+        assert torch.load(found, weights_only=True)["step"] in (10, 100)
+        assert bool(damaged) == (found != path)
+        refused += find_damage(path) is None and found != path
+    assert refused > 0
 
 
 def test_none_that_is_whole(folder, tmp_path_factory):

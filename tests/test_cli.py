@@ -405,16 +405,19 @@ def test_a_schedule_that_needs_a_metric(recipe):
     assert "must include a monitor when a `ReduceLROnPlateau` scheduler is used" in message
 
 
+@pytest.mark.filterwarnings("ignore:.*could not be saved:UserWarning")
 @pytest.mark.parametrize(
-    ("max_bytes", "message"),
+    ("max_bytes", "merges", "message"),
     [
-        (20_000, "The disk took no more: File too large."),  # less than a checkpoint
-        (80_000, "Could not write "),  # more than a checkpoint, less than the merged model
+        # Less than a checkpoint:
+        (20_000, "null", "The final state is in no checkpoint: File too large."),
+        # More than a checkpoint, less than the merged model:
+        (80_000, "{}", "Could not write "),
     ],
 )
-def test_a_fit_onto_a_full_disk(recipe, small_disk, max_bytes, message):
+def test_a_fit_onto_a_full_disk(recipe, small_disk, max_bytes, merges, message):
     with small_disk(max_bytes):
-        outcome = run("fit", "--config", recipe)
+        outcome = run("fit", "--config", recipe, "--merge_adapters", merges)
     assert said(outcome, status=1).startswith(message)
     whole = {"config.yaml", "hparams.yaml", "adapter", "checkpoints"}
     for path in Path("runs/tiny/version_0").iterdir():
@@ -477,7 +480,8 @@ def test_a_fit_leaves_its_results(fitted):
     names = {path.name for path in fitted.iterdir()}
     assert {"config.yaml", "checkpoints", "adapter", "merged"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    assert [path.name for path in (fitted / "checkpoints").iterdir()] == ["last.ckpt"]
+    checkpoints = sorted((fitted / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == ["last.ckpt", "step-3.ckpt"]
     saved = yaml.safe_load((fitted / "config.yaml").read_text())
     assert saved["model"]["adapter"]["rank"] == 3
     assert saved["model"]["adapter"]["scaling"] == "rslora"  # defaults are spelled out
@@ -620,6 +624,74 @@ def test_resuming_goes_on_in_the_same_folder(fitted):
     assert steps == [3, 5]
     saved = torch.load(fitted / "checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == 5
+
+
+@pytest.fixture
+def told_at_step(monkeypatch):
+    """Return a function: a signal is sent in that step of the runs that follow."""
+    begin = CausalLMModule.on_train_batch_start
+
+    def tell(step, number=signal.SIGTERM):
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.trainer.global_step == step - 1:
+                os.kill(os.getpid(), number)
+            begin(self, batch, batch_idx)
+
+        monkeypatch.setattr(CausalLMModule, "on_train_batch_start", on_train_batch_start)
+
+    return tell
+
+
+@resumes
+@pytest.mark.parametrize("how", ["auto_resume", "last", "folder"])
+def test_a_stopped_run_is_gone_on_with(recipe, caplog, told_at_step, how):
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
+    options = ["fit", "--config", recipe, "--merge_adapters", "null"]
+    if how == "auto_resume":
+        options += ["--auto_resume", "true"]
+    folder = Path("runs/tiny/version_0")
+    told_at_step(2)
+    assert said(run(*options), status=143) == "stopped by SIGTERM after step 2"
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    told_at_step(-1)
+    if how != "auto_resume":
+        name = "last" if how == "last" else folder
+        options += ["--ckpt_path", name, "--trainer.logger.init_args.version", "0"]
+    assert run(*options).status == 0
+    assert [path.name for path in Path("runs/tiny").iterdir()] == ["version_0"]
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {
+        "last.ckpt",
+        "step-2.ckpt",
+        "step-3.ckpt",
+    }
+    lines = [line for record in caplog.records for line in record.getMessage().splitlines()]
+    told = [line for line in lines if line.startswith("auto_resume: ")]
+    if how == "auto_resume":
+        assert told == [
+            "auto_resume: a new run begins; there is none yet.",
+            f"auto_resume: going on with {folder} from step-2.ckpt.",
+        ]
+        # It has ended: nothing is trained again, and what it leaves is made anew.
+        before = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        assert run(*options[:3], "--auto_resume", "true").status == 0
+        after = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@resumes
+def test_a_damaged_newest_checkpoint_is_passed_over(recipe):
+    options = ("fit", "--config", recipe, "--checkpoint.every_n_steps", "1")
+    assert run(*options).status == 0
+    folder = Path("runs/tiny/version_0")
+    newest = folder / "checkpoints/step-3.ckpt"
+    whole = torch.load(newest, weights_only=True)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=r"step-3\.ckpt is not whole .*: going on from step-2"):
+        outcome = run(*options, "--ckpt_path", folder, "--trainer.logger.init_args.version", "0")
+    assert outcome.status == 0
+    again = torch.load(newest, weights_only=True)
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(again["state_dict"][name], tensor)
 
 
 @resumes

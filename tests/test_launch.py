@@ -169,7 +169,7 @@ def run(command, folder: Path, seconds: float, **environment) -> Ended:
 RANKS = """
 import os, signal, subprocess, sys, time
 from types import SimpleNamespace
-from rslightning.errors import UserError
+from rslightning.errors import Stopped, UserError
 from rslightning.launch import CHILDREN, ending_together
 
 words, alone = sys.argv[1:], "LOCAL_RANK" not in os.environ
@@ -199,6 +199,8 @@ def act(word):
         raise RuntimeError("a fault")
     if word == "user":
         raise UserError("a mistake")
+    if word in ("stop", "turn"):
+        raise Stopped(signal.SIGTERM if word == "stop" else signal.SIGUSR1, 7)
     if word == "interrupt":
         raise KeyboardInterrupt
     if word == "lost":
@@ -251,22 +253,62 @@ def test_the_first_that_dies_ends_all_and_is_told_once(ranks, words, status, tol
     assert ended.seconds < 15
 
 
+UNEXPECTED = r"\(this is unexpected: (\S+rslightning-error-\d+\.txt) shows where it happened\)"
+
+
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "fault", "told"),
     [
-        (("late", "fault", "fault"), []),  # the others leave the word to rank 0
-        (("fault", "wait", "lost"), []),
-        (("wait", "wait", "fault"), [f"rslightning: rank 2 ended with status 1: {ADVICE}"]),
-        (("lost", "fault", "lost"), [f"rslightning: rank 1 ended with status 1: {ADVICE}"]),
-        (("end", "end", "late"), [f"rslightning: rank 2 ended with status 1: {ADVICE}"]),
+        (("late", "fault", "fault"), "a late fault", []),  # the others leave the word to rank 0
+        (("fault", "wait", "lost"), "a fault", []),
+        (("wait", "wait", "fault"), "a fault", [f"rank 2 ended with status 1: {ADVICE}"]),
+        (("lost", "fault", "lost"), "a fault", [f"rank 1 ended with status 1: {ADVICE}"]),
+        (("end", "end", "late"), "a late fault", [f"rank 2 ended with status 1: {ADVICE}"]),
     ],
 )
-def test_a_traceback_is_shown_once(ranks, words, told):
+def test_what_is_unexpected_is_told_once_and_its_traceback_kept(ranks, words, fault, told):
     ended = ranks(*words)
-    assert (ended.status, ended.told) == (1, told)
-    assert ended.err.count("Traceback") == 1
-    assert "fault" in ended.err
+    assert ended.status == 1
+    first, *rest = (line.removeprefix("rslightning: ") for line in ended.told)
+    found = re.fullmatch(f"RuntimeError: {fault} {UNEXPECTED}", first)
+    assert found
+    kept = Path(found[1])
+    assert f"RuntimeError: {fault}" in kept.read_text()
+    kept.unlink()
+    assert rest == told
+    assert "Traceback" not in ended.err
     assert LOST not in ended.err
+
+
+def test_the_traceback_is_shown_on_request(ranks, monkeypatch):
+    monkeypatch.setenv("RSLIGHTNING_DEBUG", "1")
+    ended = ranks("fault", "fault", "fault")
+    assert ended.err.count("Traceback") == 1
+    Path(re.search(UNEXPECTED, ended.err)[1]).unlink()
+
+
+@pytest.mark.parametrize("others", [("stop", "stop"), ("stop", "stop", "stop")])
+def test_a_run_that_a_signal_has_stopped_ends_with_its_status(ranks, others):
+    ended = ranks("stop", *others)
+    assert (ended.status, ended.told) == (143, ["rslightning: stopped by SIGTERM after step 7"])
+    assert "Traceback" not in ended.err
+    assert ended.seconds < 10
+
+
+def test_slurm_is_asked_for_another_turn(ranks, tmp_path, monkeypatch):
+    controller = tmp_path / "bin" / "scontrol"
+    controller.parent.mkdir()
+    controller.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    controller.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{controller.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    assert ranks("stop", "stop").status == 143
+    assert not (tmp_path / "asked").exists()  # it was to end
+    assert ranks("turn", "turn").status == 138
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "42")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+    assert ranks("turn", "turn").status == 138
+    assert (tmp_path / "asked").read_text() == "requeue 4711\nrequeue 42_7\n"
 
 
 def test_rank_0_waits_for_the_others(ranks):
@@ -310,7 +352,7 @@ class Fault(Callback):
                 file.write(str(time.time()))
             if self.how == "raise":
                 raise RuntimeError("a fault of one rank")
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), getattr(signal, self.how))
 '''
 
 
@@ -402,7 +444,7 @@ def whole(fit) -> dict:
 
 @pytest.mark.slow
 def test_a_run_goes_on_after_a_rank_was_killed(fit, whole):
-    ended = fit("killed", *TWO, *fault("kill", 1))
+    ended = fit("killed", *TWO, *fault("SIGKILL", 1))
     folder = fit.root / "killed"
     assert (ended.status, ended.told) == (1, [KILLED])
     assert "Traceback" not in ended.err
@@ -427,8 +469,24 @@ def assert_same(resumed: dict, whole: dict) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", [CONSOLE, TORCHRUN_COMMAND], ids=["console", "torchrun"])
+def test_a_run_of_which_one_rank_is_told_to_end_saves_and_goes_on(fit, whole, launcher):
+    name = "told" if launcher == CONSOLE else "told_by_torchrun"
+    devices = TWO if launcher == CONSOLE else ()
+    ended = fit(name, *devices, *fault("SIGTERM", 1), launcher=launcher)
+    assert ended.told == ["rslightning: stopped by SIGTERM after step 4"]
+    assert ended.status == (143 if launcher == CONSOLE else 1)
+    assert "errors.Stopped" not in ended.err  # in no traceback, though torchrun has one of its own
+    folder = fit.root / name
+    assert read(last(folder))["global_step"] == 4
+    resumed = fit(name, *devices, "--ckpt_path", "last", launcher=launcher)
+    assert resumed.status == 0, resumed.err
+    assert_same(read(last(folder, 1)), whole)
+
+
+@pytest.mark.slow
 def test_a_run_ends_after_rank_0_was_killed(fit):
-    ended = fit("orphans", *TWO, *fault("kill", 0))
+    ended = fit("orphans", *TWO, *fault("SIGKILL", 0))
     folder = fit.root / "orphans"
     assert (ended.status, ended.told) == (-9, [f"rslightning: rank 0 is gone: {ADVICE}"])
     assert "Traceback" not in ended.err
@@ -438,16 +496,17 @@ def test_a_run_ends_after_rank_0_was_killed(fit):
 @pytest.mark.slow
 def test_an_exception_of_one_rank_is_shown_once_and_ends_the_run(fit):
     ended = fit("raised", *TWO, *fault("raise", 1))
-    assert (ended.status, len(ended.told)) == (1, 1)
-    assert ended.told[0].startswith("rslightning: rank 1 ended with status 1: ")
-    assert ended.err.count("Traceback") == 1
+    assert (ended.status, len(ended.told)) == (1, 2)
+    assert ended.told[1] == f"rslightning: rank 1 ended with status 1: {ADVICE}"
     assert ended.err.count("RuntimeError: a fault of one rank") == 1
+    assert "Traceback" not in ended.err
+    Path(re.search(UNEXPECTED, ended.err)[1]).unlink()
     assert seconds_since_the_death(fit.root / "raised") < 15
 
 
 @pytest.mark.slow
 def test_torchrun_names_the_rank_that_died(fit):
-    ended = fit("agent", *fault("kill", 1), launcher=TORCHRUN_COMMAND)
+    ended = fit("agent", *fault("SIGKILL", 1), launcher=TORCHRUN_COMMAND)
     assert ended.status == 1
     cause = ended.err.partition("Root Cause")[2]
     assert re.search(r"rank +: 1 ", cause)

@@ -13,8 +13,11 @@ PACKAGE = Path(rslightning.__file__).parent
 
 # Module or package -> what of this package it may import.
 ALLOWED = {
-    "errors": set(),
-    "storage": {"errors"},
+    "errors": {"redaction"},
+    "redaction": set(),
+    "manifest": set(),
+    "storage": {"errors", "manifest"},
+    "random_streams": set(),
     "batch": set(),
     "losses": {"batch", "cost"},
     "stats": {"errors"},
@@ -24,8 +27,8 @@ ALLOWED = {
     "memory": {"cost", "model_shape", "training_step"},
     "communication": {"memory", "model_shape", "training_step"},
     "assets": {"errors"},
-    "model_folder": {"assets", "errors", "storage"},
-    "rslora": {"cost", "errors", "model_folder", "storage"},
+    "model_folder": {"assets", "errors", "manifest", "storage"},
+    "rslora": {"cost", "errors", "manifest", "model_folder", "storage"},
     "safe_load": {"errors"},
     "deepspeed_checkpoint": {"errors", "safe_load"},
     "distributed_checkpoint": {"errors", "safe_load"},
@@ -38,8 +41,10 @@ ALLOWED = {
         "rslora",
         "safe_load",
     },
+    "checkpoint_folder": {"errors", "manifest", "safe_load", "storage"},
+    "resume": {"checkpoint", "checkpoint_folder", "errors"},
     "hf": {"errors", "model_folder", "rslora"},
-    "data": {"assets", "batch", "errors", "storage"},
+    "data": {"assets", "batch", "errors", "manifest", "storage"},
     "output_head": {"batch", "losses"},
     "module": {
         "batch",
@@ -50,6 +55,7 @@ ALLOWED = {
         "model_folder",
         "optimizer",
         "output_head",
+        "random_streams",
         "rslora",
         "strategies",
     },
@@ -63,8 +69,10 @@ ALLOWED = {
         "storage",
     },
     "callbacks": {
+        "checkpoint_folder",
         "cost",
         "errors",
+        "manifest",
         "memory",
         "model_folder",
         "model_shape",
@@ -77,7 +85,8 @@ ALLOWED = {
     "recipes": {"errors"},
     "verbs": {"assets", "checkpoint", "errors", "model_folder", "rslora", "storage"},
     "cli_errors": set(),
-    "launch": {"errors"},
+    "launch": {"errors", "redaction"},
+    "resolve": {"checkpoint", "errors", "launch", "plan", "resume", "rslora"},
     "plan": {
         "cost",
         "errors",
@@ -99,10 +108,12 @@ ALLOWED = {
         "plan",
         "plan_text",
         "recipes",
-        "rslora",
+        "redaction",
+        "resolve",
+        "storage",
     },
     "__init__": {"module"},
-    "__main__": {"__init__", "cli", "errors"},
+    "__main__": {"__init__", "cli", "errors", "redaction"},
 }
 
 

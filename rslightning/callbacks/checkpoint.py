@@ -1,6 +1,7 @@
 """Checkpoints that are counted in optimizer steps, of the trainable state."""
 
 import errno
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -90,7 +91,7 @@ class TrainableCheckpoint(Checkpoint):
         self._step_is_over(trainer)
         if trainer.global_step % self.every_n_steps == 0:
             self._log_step(trainer)
-            self.save(trainer)
+            self.save(trainer, f"; the next one is due in {self.every_n_steps} steps")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the final state, whatever the interval; a dry run leaves nothing."""
@@ -139,7 +140,7 @@ class TrainableCheckpoint(Checkpoint):
         """Log what Lightning logs after the save: a process killed between would lack it."""
         trainer._logger_connector.update_train_step_metrics()
 
-    def save(self, trainer: Trainer) -> None:
+    def save(self, trainer: Trainer, then: str = "") -> None:
         """Save what the last optimizer step left, unless that is done; all processes call it."""
         step = trainer.global_step
         if step == self._saved_step and not self.problem:
@@ -155,7 +156,7 @@ class TrainableCheckpoint(Checkpoint):
         if self.problem:
             rank_zero_warn(
                 f"{folder / step_name(step)} could not be saved: {self.problem} "
-                f"{_describe_kept(folder)}; the next one is due in {self.every_n_steps} steps."
+                f"{_describe_kept(folder)}{then}."
             )
             return
         self._saved_step = step
@@ -218,8 +219,7 @@ def save_whole(trainer: Trainer, path: Path) -> str | None:
         What came between, the same on all processes; None if it is saved.
     """
     aside = path.with_name(PARTIAL)
-    if trainer.is_global_zero:
-        remove(aside)  # what a run that died left
+    _clear(trainer, aside)  # what a run that died left
     trainer.strategy.barrier()
     problem: OSError | None = None
     try:
@@ -234,10 +234,15 @@ def save_whole(trainer: Trainer, path: Path) -> str | None:
         if isinstance(trainer.strategy, DeepSpeedStrategy) and trainer.world_size > 1:
             raise  # its other processes may be waiting: the run has to end
         problem = error
-    if trainer.is_global_zero:
-        remove(aside)
+    _clear(trainer, aside)
     said = f"{reason_of(problem)}." if problem else None
     return trainer.strategy.broadcast(said)
+
+
+def _clear(trainer: Trainer, path: Path) -> None:
+    if trainer.is_global_zero:
+        with suppress(OSError):  # which the writing will meet again
+            remove(path)
 
 
 def _describe_kept(folder: Path) -> str:

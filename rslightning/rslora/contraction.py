@@ -43,6 +43,9 @@ from rslightning.cost import ORDERS, USUAL_ORDER, LayerShape, Order, cheapest_or
 SPLIT_ORDERS: Final = tuple(order for order in ORDERS if not any(order[:2]))
 """The orders without W'."""
 
+HAS_AMX: Final[bool] = getattr(torch.cpu, "get_capabilities", dict)().get("amx_tile", False)
+"""Whether the CPU, if products are computed there, has a unit for those of 16-bit matrices."""
+
 Function: Any = torch.autograd.Function  # has no type that a class could be derived from
 
 
@@ -235,11 +238,12 @@ def _multiply(left: Tensor, right: Tensor, factor: float, addend: Tensor | None 
 def _multiply_transposed(left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
     """Return `factor left^T right`, of matrices with T rows.
 
-    On the CPU a 16-bit product takes up to twice as long where its left factor is a transposed view
-    and its right one is wide: then a copy is cheaper.
+    On CPUs with AMX a 16-bit product takes up to twice as long where its left factor is a
+    transposed view and its right one is wide: then a copy is cheaper.
     """
     left = left.T
-    if left.device.type == "cpu" and left.dtype.itemsize == 2 and right.shape[1] > 1024:
+    on_amx = HAS_AMX and left.device.type == "cpu" and left.dtype.itemsize == 2
+    if on_amx and right.shape[1] > 1024:
         left = left.contiguous()
     return _multiply(left, right, factor)
 

@@ -1,4 +1,6 @@
 import os
+import resource
+import shutil
 import warnings
 from pathlib import Path
 
@@ -10,6 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rslightning.callbacks import TrainableCheckpoint
 from rslightning.callbacks.non_finite_guard import NonFiniteError
+from rslightning.checkpoint_folder import newest_whole
+from rslightning.errors import RunError
+from rslightning.rslora import AdapterSpec
+from rslightning.strategies import FSDP2Strategy
 
 
 def fit(make_trainer, module, data, *callbacks, ckpt_path=None, **options):
@@ -32,10 +38,10 @@ def test_files_are_named_by_steps_and_the_newest_stay(
     make_trainer, make_module, make_data, tmp_path
 ):
     fit(make_trainer, make_module(), make_data(), TrainableCheckpoint(2), max_steps=7)
-    assert files(tmp_path) == ["last.ckpt", "step-4.ckpt", "step-6.ckpt"]
+    assert files(tmp_path) == ["last.ckpt", "step-6.ckpt", "step-7.ckpt"]
     folder = tmp_path / "checkpoints"
     steps = {name: step_of(folder / name) for name in files(tmp_path)}
-    assert steps == {"last.ckpt": 7, "step-4.ckpt": 4, "step-6.ckpt": 6}
+    assert steps == {"last.ckpt": 7, "step-6.ckpt": 6, "step-7.ckpt": 7}
 
 
 def test_more_are_kept_on_request(make_trainer, make_module, make_data, tmp_path):
@@ -47,7 +53,7 @@ def test_more_are_kept_on_request(make_trainer, make_module, make_data, tmp_path
 def test_steps_are_optimizer_steps(make_trainer, make_module, make_data, tmp_path):
     options = {"max_steps": 3, "accumulate_grad_batches": 2}
     fit(make_trainer, make_module(), make_data(), TrainableCheckpoint(2), **options)
-    assert files(tmp_path) == ["last.ckpt", "step-2.ckpt"]
+    assert files(tmp_path) == ["last.ckpt", "step-2.ckpt", "step-3.ckpt"]
 
 
 def test_a_run_shorter_than_the_interval_leaves_its_end(
@@ -55,7 +61,7 @@ def test_a_run_shorter_than_the_interval_leaves_its_end(
 ):
     module = make_module()
     fit(make_trainer, module, make_data(), TrainableCheckpoint(), max_steps=3)
-    assert files(tmp_path) == ["last.ckpt"]
+    assert files(tmp_path) == ["last.ckpt", "step-3.ckpt"]
     saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert saved["state_dict"].keys() == module.trainable_state().keys()
     for name, tensor in module.trainable_state().items():
@@ -95,18 +101,163 @@ def test_what_was_logged_up_to_a_checkpoint_is_on_the_disk_before_it(
 
 
 class Fail(Callback):
-    """Raise in the third step, as a lost device would."""
+    """Raise in the third step, as a lost device would: in a hook of the step's second half."""
+
+    def __init__(self, hook, error=RuntimeError):
+        self.batches = 0
+
+        def fail(trainer, *arguments):
+            self.batches += 1
+            if trainer.global_step == 2 and self.batches % trainer.accumulate_grad_batches == 0:
+                raise error("the device is lost")
+
+        setattr(self, hook, fail)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_backward"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_an_exception_leaves_the_step_before_it_from_which_a_run_goes_on_exactly(
+    make_trainer, make_module, make_data, tmp_path, hook, accumulated
+):
+    def run(*callbacks, **options):
+        module = make_module(adapter=AdapterSpec(rank=3, alpha=5.0, dropout=0.2))
+        options = {"max_steps": 5, "accumulate_grad_batches": accumulated} | options
+        fit(make_trainer, module, make_data(), *callbacks, **options)
+        return module.trainable_state()
+
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        run(TrainableCheckpoint(), Fail(hook))
+    assert files(tmp_path) == ["last.ckpt", "step-2.ckpt"]
+    assert step_of(tmp_path / "checkpoints/step-2.ckpt") == 2
+    resumed = run(TrainableCheckpoint(), ckpt_path=tmp_path / "checkpoints/last.ckpt")
+    whole = run()
+    for name, tensor in whole.items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+def test_an_exception_within_the_optimizer_leaves_the_last_interval(
+    make_trainer, make_module, make_data, tmp_path, monkeypatch
+):
+    step = torch.optim.AdamW.step
+
+    def fail(self, closure):
+        step(self, closure)
+        if all(state["step"] == 3 for state in self.state.values()):
+            raise RuntimeError("half of the weights are new")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    with pytest.raises(RuntimeError, match="half of the weights are new"):
+        fit(make_trainer, make_module(), make_data(), TrainableCheckpoint(2), max_steps=5)
+    assert files(tmp_path) == ["last.ckpt", "step-2.ckpt"]
+
+
+class AtStep(Callback):
+    """Do something when a step begins."""
+
+    def __init__(self, **actions):
+        self.actions = {int(name.removeprefix("step")): act for name, act in actions.items()}
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == 2:
-            raise RuntimeError("the device is lost")
+        self.actions.pop(trainer.global_step, lambda: None)()
 
 
-def test_an_exception_leaves_the_state_before_it(make_trainer, make_module, make_data, tmp_path):
-    with pytest.raises(RuntimeError, match="the device is lost"):
-        fit(make_trainer, make_module(), make_data(), TrainableCheckpoint(), Fail(), max_steps=5)
-    assert "step-2.ckpt" in files(tmp_path)
-    assert step_of(tmp_path / "checkpoints/step-2.ckpt") == 2
+@pytest.fixture
+def disk():
+    """Return functions that fill the disk, as far as files of a size are concerned, and clear it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+
+    def clear():
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    yield fill, clear
+    clear()
+
+
+def test_training_outlives_a_full_disk(make_trainer, make_module, make_data, tmp_path, disk):
+    fill, clear = disk
+    events = AtStep(step2=fill, step4=clear)
+    module = make_module()
+    with pytest.warns(UserWarning) as told:
+        fit(make_trainer, module, make_data(), TrainableCheckpoint(2, 3), events, max_steps=6)
+    folder = tmp_path / "checkpoints"
+    assert [str(each.message) for each in told if "saved" in str(each.message)] == [
+        f"{folder}/step-4.ckpt could not be saved: File too large. step-2.ckpt stays the newest; "
+        "the next one is due in 2 steps."
+    ]
+    assert files(tmp_path) == ["last.ckpt", "step-2.ckpt", "step-6.ckpt"]
+    saved = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(saved[name], x) for name, x in module.trainable_state().items())
+
+
+def test_a_disk_that_stays_full_fails_the_run_at_its_end(
+    make_trainer, make_module, make_data, tmp_path, disk
+):
+    module = make_module()
+    with pytest.warns(UserWarning, match="could not be saved"), pytest.raises(RunError) as caught:
+        callbacks = [TrainableCheckpoint(2), AtStep(step3=disk[0])]
+        fit(make_trainer, module, make_data(), *callbacks, max_steps=6)
+    assert str(caught.value) == "The final state is in no checkpoint: File too large."
+    assert files(tmp_path) == ["last.ckpt", "step-2.ckpt"]
+    assert newest_whole(tmp_path / "checkpoints")[0].name == "step-2.ckpt"
+
+
+def test_a_lost_folder_is_made_again(make_trainer, make_module, make_data, tmp_path):
+    lose = AtStep(step3=lambda: shutil.rmtree(tmp_path / "checkpoints"))
+    fit(make_trainer, make_module(), make_data(), TrainableCheckpoint(2), lose, max_steps=4)
+    assert files(tmp_path) == ["last.ckpt", "step-4.ckpt"]
+
+
+def test_a_folder_in_which_nothing_can_be_made(make_trainer, make_module, make_data, tmp_path):
+    def spoil():
+        shutil.rmtree(tmp_path / "checkpoints")
+        (tmp_path / "checkpoints").write_text("a file")
+
+    def mend():
+        (tmp_path / "checkpoints").unlink()
+
+    events = AtStep(step3=spoil, step5=mend)
+    with pytest.warns(UserWarning, match=r"There is none of before; the next one is due in 2 steps"):
+        fit(make_trainer, make_module(), make_data(), TrainableCheckpoint(2), events, max_steps=6)
+    assert files(tmp_path) == ["last.ckpt", "step-6.ckpt"]
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_several_processes_outlive_a_full_disk(
+    make_trainer, make_module, make_data, tmp_path, run_processes, parts
+):
+    """Also where only one of them finds it full."""
+
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, resource.RLIM_INFINITY))
+
+    def clear():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+    def run(rank):
+        strategy = FSDP2Strategy(save_distributed_checkpoint=True) if parts else "ddp"
+        options = {"devices": 2, "strategy": strategy, "use_distributed_sampler": False}
+        full = rank == (1 if parts else 0)
+        events = AtStep(step2=fill if full else str, step4=clear)
+        callbacks = [TrainableCheckpoint(2, 3), events]
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            fit(make_trainer, make_module(), make_data(), *callbacks, max_steps=6, **options)
+        expected = 1 if rank == 0 else 0
+        assert sum("step-4.ckpt could not be saved" in str(e.message) for e in told) == expected
+
+    assert run_processes(2, run) == [0, 0]
+    assert files(tmp_path) == ["last.ckpt", "step-2.ckpt", "step-6.ckpt"]
+    assert newest_whole(tmp_path / "checkpoints") == (tmp_path / "checkpoints/step-6.ckpt", [])
+
+
+@pytest.mark.parametrize("options", [{"every_n_steps": 0}, {"keep_last": 0}])
+def test_intervals_are_positive(options):
+    with pytest.raises(ValueError, match=r"^checkpoint\.\w+ is 0; it must be positive\.$"):
+        TrainableCheckpoint(**options)
 
 
 @pytest.mark.parametrize("dies_in", ["write", "rename"])
@@ -193,5 +344,5 @@ def test_a_resumed_run_does_not_save_within_a_step(make_trainer, make_module, ma
     before = (tmp_path / "checkpoints/step-2.ckpt").read_bytes()
     options |= {"max_steps": 3, "ckpt_path": tmp_path / "checkpoints/last.ckpt"}
     fit(make_trainer, make_module(), make_data(), TrainableCheckpoint(2), **options)
-    assert files(tmp_path) == ["last.ckpt", "step-2.ckpt"]
+    assert files(tmp_path) == ["last.ckpt", "step-2.ckpt", "step-3.ckpt"]
     assert (tmp_path / "checkpoints/step-2.ckpt").read_bytes() == before
