@@ -54,6 +54,7 @@ from rslightning.plan_text import describe_plan, describe_ways_out
 from rslightning.recipes import find_config
 from rslightning.redaction import redact_values
 from rslightning.resolve import resolve_devices, resolve_rank, resolve_start
+from rslightning.resume import give_back, hold
 from rslightning.storage import write_text
 
 # Group name -> (type, default). `null` turns a group off. They run in this order, the summary last.
@@ -87,6 +88,7 @@ class SaveRunConfig(SaveConfigCallback):
         folder = run_folder(trainer)  # asks all processes for the same name
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
+            hold(folder)
             path, number = folder / "config.yaml", 0
             while path.exists():
                 number += 1
@@ -302,6 +304,8 @@ def _parse(arguments: Sequence[str], run: bool = True, build: bool = True) -> Re
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
+    finally:
+        give_back()
 
 
 def _resolve_configs(arguments: Sequence[str]) -> list[str]:

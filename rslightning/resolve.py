@@ -46,10 +46,11 @@ def resolve_start(config: Namespace, plain: Callable[[], Mapping[str, Any]]) -> 
     elif config.get("auto_resume"):
         run, sentence = find_run(plain())
         rank_zero_info(sentence)
-        if run is None:
+        if run is not None:
+            _write_into(config.trainer, run.folder)
+        if run is None or run.checkpoint is None:
             return
         found = run.checkpoint
-        _write_into(config.trainer, run.folder)
     else:
         return
     for sentence in found.said:

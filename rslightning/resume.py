@@ -4,8 +4,12 @@ Everything here is a function of the configuration and of the disk: each process
 the same answer before the processes know of each other.
 """
 
+import errno
+import fcntl
+import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -118,38 +122,83 @@ def list_runs(trainer: Mapping[str, Any]) -> Iterator[Path]:
 
 def _age(run: Path) -> tuple[int, float]:
     match = VERSION.fullmatch(run.name)
-    return int(match[1]) if match else -1, list_steps(run / CHECKPOINTS)[-1][1].stat().st_mtime
+    return int(match[1]) if match else -1, run.stat().st_mtime
 
 
 class Run(NamedTuple):
-    """A run that a configuration goes on with."""
+    """A run that a configuration goes on with; one that has no checkpoint yet begins again."""
 
     folder: Path
-    checkpoint: Found
+    checkpoint: Found | None
 
 
 def find_run(config: Mapping[str, Any]) -> tuple[Run | None, str]:
-    """Return the newest run of a configuration that has a checkpoint, and a sentence.
+    """Return the newest run of a configuration, and a sentence.
 
     Args:
         config: Options of a fit, in plain values.
 
     Raises:
-        UserError: As `runs_folder`, or if no checkpoint of the run is whole.
+        UserError: As `runs_folder`, or if no checkpoint of the run is whole, or it is in use.
     """
-    other = "there is none yet"
-    for run in list_runs(config["trainer"]):
+    folder, other = runs_folder(config["trainer"]), "there is none yet"
+    runs = [folder, *folder.iterdir()] if folder.is_dir() else []
+    for run in sorted(runs, key=_age, reverse=True):
         try:
             saved = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
             continue
         difference = _first_difference(saved, config)
         if difference is None:
-            found = _newest(run / CHECKPOINTS)
-            return Run(run, found), f"auto_resume: going on with {run} from {found.path.name}."
+            return _go_on(run)
         if other == "there is none yet":
             other = f"{run} has {difference}"
     return None, f"auto_resume: a new run begins; {other}."
+
+
+def _go_on(run: Path) -> tuple[Run, str]:
+    if _is_held(run):
+        raise UserError(
+            f"{run} is of this configuration, and another process trains it now: wait for it, or "
+            "leave auto_resume out to begin a run beside it."
+        )
+    if not list_steps(run / CHECKPOINTS):
+        return Run(run, None), f"auto_resume: beginning again in {run}, which has no checkpoint."
+    found = _newest(run / CHECKPOINTS)
+    return Run(run, found), f"auto_resume: going on with {run} from {found.path.name}."
+
+
+_HELD: Final[dict[Path, int]] = {}
+"""Folder of the run that this process trains -> the open descriptor by which it is held."""
+
+
+def hold(run: Path) -> None:
+    """Let other processes know that a run is trained; this one gives it back when it ends."""
+    give_back()
+    descriptor = os.open(run, os.O_RDONLY)
+    with suppress(OSError):  # held already, or a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    _HELD[run.resolve()] = descriptor
+
+
+def give_back() -> None:
+    """Let go of the run that this process holds."""
+    while _HELD:
+        os.close(_HELD.popitem()[1])
+
+
+def _is_held(run: Path) -> bool:
+    """Tell whether another process of this machine trains a run."""
+    if run.resolve() in _HELD:
+        return False
+    descriptor = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    finally:
+        os.close(descriptor)
 
 
 def _first_difference(saved: Any, now: Mapping[str, Any]) -> str | None:

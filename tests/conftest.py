@@ -236,6 +236,12 @@ def free_port() -> int:
     raise AssertionError("there is no end of numbers")
 
 
+@pytest.fixture(scope="session")
+def free_ports():
+    """Return the function that finds a port that nobody listens on."""
+    return free_port
+
+
 def wait_for(children):
     """Return the exit codes of processes; when one has failed the others have a minute left."""
     codes, end = {}, math.inf

@@ -110,6 +110,7 @@ ALLOWED = {
         "recipes",
         "redaction",
         "resolve",
+        "resume",
         "storage",
     },
     "__init__": {"module"},

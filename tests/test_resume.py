@@ -7,7 +7,15 @@ import yaml
 
 from rslightning.checkpoint_folder import point_last, step_name
 from rslightning.errors import UserError
-from rslightning.resume import find_run, list_runs, resolve_checkpoint, runs_folder
+from rslightning.resume import (
+    _HELD,
+    find_run,
+    give_back,
+    hold,
+    list_runs,
+    resolve_checkpoint,
+    runs_folder,
+)
 
 LOGGER = "lightning.pytorch.loggers.TensorBoardLogger"
 
@@ -144,6 +152,32 @@ def test_a_new_run_begins_and_says_why(tmp_path):
         None,
         f"auto_resume: a new run begins; {run} has model.adapter.rank 4, not 3.",
     )
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path):
+    make_run(tmp_path / "tiny/version_0", (2,), config(tmp_path))
+    run = make_run(tmp_path / "tiny/version_1", (), config(tmp_path))
+    assert find_run(config(tmp_path)) == (
+        (run, None),
+        f"auto_resume: beginning again in {run}, which has no checkpoint.",
+    )
+
+
+def test_a_run_that_another_process_trains_is_left_alone(tmp_path, run_processes):
+    run = make_run(tmp_path / "tiny/version_0", (2,), config(tmp_path))
+    hold(run)
+    try:
+        assert find_run(config(tmp_path))[0].folder == run  # this process may go on
+
+        def other(_):
+            _HELD.clear()  # the parent's
+            with pytest.raises(UserError, match=f"^{run} is of this configuration, and another"):
+                find_run(config(tmp_path))
+
+        assert run_processes(1, other) == [0]
+    finally:
+        give_back()
+    assert run_processes(1, lambda _: find_run(config(tmp_path))) == [0]
 
 
 def test_a_run_of_which_nothing_is_whole_is_not_silently_begun_anew(tmp_path):

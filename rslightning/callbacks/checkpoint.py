@@ -18,7 +18,13 @@ from typing_extensions import final
 from rslightning.callbacks.merge_adapters import run_folder
 from rslightning.callbacks.non_finite_guard import NonFiniteError
 from rslightning.callbacks.stop_on_signal import StopNow
-from rslightning.checkpoint_folder import CHECKPOINTS, list_steps, point_last, step_name
+from rslightning.checkpoint_folder import (
+    CHECKPOINTS,
+    STEP_NAME,
+    list_steps,
+    point_last,
+    step_name,
+)
 from rslightning.errors import RunError, Stopped
 from rslightning.manifest import write_manifest
 from rslightning.storage import put_in_place, reason_of, remove
@@ -71,6 +77,14 @@ class TrainableCheckpoint(Checkpoint):
         self.dirpath = trainer.strategy.broadcast(str(run_folder(trainer) / CHECKPOINTS))
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = FileIO()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring the folder in order: a process that was killed may not have come to it."""
+        assert self.dirpath is not None
+        start, folder = Path(trainer.ckpt_path or ""), Path(self.dirpath)
+        match = STEP_NAME.fullmatch(start.name)
+        if match and start.parent.resolve() == folder.resolve() and trainer.is_global_zero:
+            self._make_newest(folder, int(match[1]))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the step that is in the checkpoint from which the run goes on."""
