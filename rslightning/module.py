@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics.aggregation import MeanMetric
 
@@ -17,6 +17,7 @@ from rslightning import hf
 from rslightning.batch import IGNORED, Batch
 from rslightning.checkpoint import load_adapter
 from rslightning.errors import UserError
+from rslightning.hyperparameters import keep_changes, plain_settings
 from rslightning.losses import token_nats
 from rslightning.model_folder import absolute_name, find_model_folder
 from rslightning.optimizer import prefer_fused, refuse_parts
@@ -137,6 +138,8 @@ class CausalLMModule(LightningModule):
         self.logits_are_of_head = False
         self._shares_weights = False  # whether this process has a part of them only
         self._seed: int | None = None  # of what is drawn in training, the same for all processes
+        self._settings: dict[str, Any] = {}  # of optimizer and schedule, before the first step
+        self._begun: dict[str, Any] = {}  # those of the run that is gone on with
         self._measured_step: int | None = None  # when the rounding of W' was measured last
         self._allocator: RankAllocator | None = None
         self._allocator_state: dict[str, Any] | None = None  # of the checkpoint to go on from
@@ -227,6 +230,16 @@ class CausalLMModule(LightningModule):
             if self._allocator_state is not None:
                 self._allocator.load_state_dict(self._allocator_state)
                 self._allocator_state = None
+
+    def on_train_start(self) -> None:
+        """Let changed options of optimizer and schedule win over those of the checkpoint."""
+        if not self._begun:
+            return
+        schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        optimizer = self.trainer.optimizers[0]
+        said = keep_changes(self._begun, self._settings, optimizer, next(iter(schedules), None))
+        if said:
+            rank_zero_info(f"going on with other options than before: {'; '.join(said)}.")
 
     def on_validation_start(self) -> None:
         """Refuse data of another vocabulary."""
@@ -344,9 +357,11 @@ class CausalLMModule(LightningModule):
         if self._trainer is not None:
             refuse_parts(optimizer, self.trainer.strategy)
         prefer_fused(optimizer)
-        if self.make_lr_scheduler is None:
+        scheduler = self.make_lr_scheduler(optimizer) if self.make_lr_scheduler else None
+        self._settings = plain_settings(optimizer, scheduler)
+        if scheduler is None:
             return optimizer
-        schedule = {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}
+        schedule = {"scheduler": scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def trainable_state(self) -> dict[str, Tensor]:
@@ -360,6 +375,7 @@ class CausalLMModule(LightningModule):
             name: tensor for name, tensor in checkpoint["state_dict"].items() if name in trainable
         }
         checkpoint["seed"] = self._seed
+        checkpoint["settings"] = self._settings
         # Which weights are kept as [in, out] cannot be told from the matrices where W is square.
         layers = adapter_layers(self.model)
         checkpoint["transposed"] = [
@@ -380,6 +396,7 @@ class CausalLMModule(LightningModule):
         if "state_dict" in checkpoint:  # DeepSpeed has loaded its own by now
             check_same_tensors(self.trainable_state(), checkpoint["state_dict"])
         self._seed = checkpoint.get("seed", self._seed)
+        self._begun = checkpoint.get("settings") or {}
         self._allocator_state = checkpoint.get("allocation")
         merging = set(checkpoint.get("merges_in_16_bit", ()))
         for path, layer in adapter_layers(self.model):

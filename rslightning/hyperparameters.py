@@ -1,0 +1,97 @@
+"""Optimizer and schedule of a run that goes on: what is changed in the configuration counts.
+
+A checkpoint restores their options along with their state, so that a rate given on the command line
+would silently be that of the checkpoint. What an option was when the run began is therefore kept;
+where it is another one now, the new one holds. The rest, as a rate that a schedule has moved, is
+the checkpoint's.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from torch.optim import Optimizer
+
+PARTS: Final = "_schedulers"
+"""Where torch's composed schedules have those that they are made of."""
+
+RATE, INITIAL_RATE = "lr", "initial_lr"  # the latter is there where a schedule moves the former
+
+
+def plain_settings(optimizer: Any, scheduler: Any | None) -> dict[str, Any]:
+    """Return the options of both in plain values, as they are before the first step."""
+    groups = [_plain({k: v for k, v in g.items() if k != "params"}) for g in optimizer.param_groups]
+    return {"optimizer": groups, "scheduler": _of_scheduler(scheduler) if scheduler else {}}
+
+
+def keep_changes(
+    begun: Mapping[str, Any], now: Mapping[str, Any], optimizer: Optimizer, scheduler: Any | None
+) -> list[str]:
+    """Put options that differ from those of the run's begin into what a checkpoint has restored.
+
+    Args:
+        begun: `plain_settings` of the run that goes on, when it began.
+        now: Those of this run, before the checkpoint was restored.
+        optimizer: As restored; changed in place.
+        scheduler: As restored, if there is one; changed in place.
+
+    Returns:
+        A sentence for each option that differs.
+    """
+    said: dict[str, None] = {}
+    for group, old, new in zip(optimizer.param_groups, begun["optimizer"], now["optimizer"]):
+        for name, value in new.items():
+            if name not in old or old[name] == value:
+                group.setdefault(name, value)
+                continue
+            if name == RATE:  # a schedule may have moved it
+                group[name] = group[name] * (value / old[name]) if old[name] else value
+            else:
+                group[name] = value
+            if name != RATE or INITIAL_RATE not in new:
+                told = RATE if name == INITIAL_RATE else name
+                said[f"{told} is {value}, and was {old[name]}"] = None
+    if scheduler is not None:
+        said |= dict.fromkeys(_keep_in_schedule(begun["scheduler"], now["scheduler"], scheduler))
+    return list(said)
+
+
+def _keep_in_schedule(
+    begun: Mapping[str, Any], now: Mapping[str, Any], scheduler: Any
+) -> Iterator[str]:
+    for name, value in now.items():
+        if name == PARTS:
+            for old, new, part in zip(begun.get(PARTS, ()), value, getattr(scheduler, PARTS)):
+                yield from _keep_in_schedule(old, new, part)
+        elif name in begun and begun[name] != value:
+            setattr(scheduler, name, type(getattr(scheduler, name))(value))
+            if name != "base_lrs":  # those that the optimizer's rate gives
+                yield f"{name} is {value}, and was {begun[name]}"
+
+
+def _of_scheduler(scheduler: Any) -> dict[str, Any]:
+    """Return the plain attributes of a schedule, and of its parts; what counts steps is not kept."""
+    settings = _plain(
+        {k: v for k, v in vars(scheduler).items() if not k.startswith("_") and k != "last_epoch"}
+    )
+    if parts := getattr(scheduler, PARTS, None):
+        settings[PARTS] = [_of_scheduler(part) for part in parts]
+    return settings
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _copy(value) for name, value in values.items() if _is_plain(value)}
+
+
+def _copy(value: Any) -> Any:
+    """Return a value in the types that a checkpoint opens with; `milestones` are a `Counter`."""
+    if isinstance(value, Mapping):
+        return {name: _copy(inner) for name, inner in value.items()}
+    return [_copy(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str | None)
