@@ -36,7 +36,7 @@ LOST_PEER_SECONDS: Final = 5.0
 WATCH_SECONDS: Final = 0.25
 EXIT_SECONDS: Final = 60.0
 
-ADVICE: Final = "the run has ended; --ckpt_path RUN/checkpoints/last.ckpt goes on with it"
+ADVICE: Final = "the run has ended; --ckpt_path last goes on with it"
 
 STOPPED: Final = tuple(128 + number for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM))
 """Statuses of processes that a signal has stopped together (`Stopped`)."""

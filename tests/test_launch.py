@@ -217,7 +217,7 @@ with ending_together():
     act(words[rank])
 """
 
-ADVICE = "the run has ended; --ckpt_path RUN/checkpoints/last.ckpt goes on with it."
+ADVICE = "the run has ended; --ckpt_path last goes on with it."
 LOST = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer"
 KILLED = f"rslightning: rank 1 was killed by SIGKILL: {ADVICE}"
 

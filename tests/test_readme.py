@@ -115,8 +115,7 @@ LAUNCHES = {  # name -> the whole block, as the README shows it
 #SBATCH --signal=SIGUSR1@90
 srun --kill-on-bad-exit=1 --cpus-per-task=8 \\
     rslightning {FIT} \\
-    --trainer.devices {DEVICES} --trainer.num_nodes {NODES} --trainer.default_root_dir \
-"runs/job-$SLURM_JOB_ID"
+    --trainer.devices {DEVICES} --trainer.num_nodes {NODES} --auto_resume true
 """,
 }
 

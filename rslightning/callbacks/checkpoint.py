@@ -237,7 +237,7 @@ def save_whole(trainer: Trainer, path: Path) -> str | None:
     trainer.strategy.barrier()
     problem: OSError | None = None
     try:
-        trainer.save_checkpoint(aside)
+        trainer.save_checkpoint(aside, weights_only=False)
         problem = getattr(trainer.strategy.checkpoint_io, "problem", None)
         trainer.strategy.barrier()
         if trainer.is_global_zero and problem is None:
