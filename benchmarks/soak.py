@@ -4,8 +4,8 @@
 
 One fit by the command, with all monitors at short intervals, a checkpoint at every 50th step of
 which three are kept, and validation at every 200th. At every 50th step are noted: resident memory
-(after a garbage collection, and after malloc has given back what is free), open files, and the bytes
-of the run folder, event files apart: those grow with what is logged.
+(after a garbage collection, and after malloc has given back what is free), open files, and the
+bytes of the run folder, event files apart: those grow with what is logged.
 
 The growth of memory is that of a straight line through what was noted after step 200, up to the
 end, as a share of what was noted at step 200.
@@ -41,7 +41,9 @@ class Watch(Callback):
             return
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
-        self.notes.append((step, resident(), len(os.listdir("/proc/self/fd")), disk(trainer)))
+        self.notes.append(
+            (step, resident(), len(list(Path("/proc/self/fd").iterdir())), disk(trainer))
+        )
 
 
 def resident() -> int:

@@ -3,7 +3,6 @@
 It holds `step-N.ckpt`, files or folders, and `last.ckpt`, a link to the one that was saved last.
 """
 
-import os
 import re
 from pathlib import Path
 from typing import Final
@@ -83,7 +82,7 @@ def newest_whole(folder: Path) -> tuple[Path, list[str]]:
 def _newest_first(folder: Path) -> list[Path]:
     steps, last = list_steps(folder)[::-1], folder / LAST
     if last.is_symlink():
-        match = STEP_NAME.fullmatch(os.readlink(last))
+        match = STEP_NAME.fullmatch(str(last.readlink()))
         target = int(match[1]) if match else -1
         since = last.lstat().st_mtime_ns
         return [p for step, p in steps if step <= target or p.stat().st_mtime_ns > since]

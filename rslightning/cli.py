@@ -23,7 +23,6 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rslightning.callbacks import (
@@ -49,6 +48,7 @@ from rslightning.data.show import choose_marks, describe_data
 from rslightning.errors import RunError, UserError
 from rslightning.launch import CHILDREN, ending_together
 from rslightning.module import CausalLMModule
+from rslightning.patient_events import waiting_events
 from rslightning.plan import device_memory, parse_memory, read_plan
 from rslightning.plan_text import describe_plan, describe_ways_out
 from rslightning.recipes import find_config
@@ -73,6 +73,7 @@ GROUPS: Final[dict[str, tuple[Any, dict[str, Any] | None]]] = {
 DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 SUBCOMMANDS: Final = ("fit", "validate", "test", "predict")
+
 
 class SaveRunConfig(SaveConfigCallback):
     """Write the resolved configuration into the run folder: `config.yaml`, then `config.resume-N`.
@@ -227,7 +228,7 @@ def run(arguments: Sequence[str]) -> None:
         UserError: If an option or a configuration is wrong; one sentence, with the nearest name.
         RunError: If the disk is full.
     """
-    with ending_together():
+    with ending_together(), waiting_events():
         _parse(arguments)
 
 

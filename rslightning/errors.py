@@ -21,7 +21,7 @@ class RunError(RuntimeError):
     """The request was sound and its execution failed (full disk, lost file). Exit 1."""
 
 
-class Stopped(RunError):
+class StoppedError(RunError):
     """A signal ended the run between two steps, on all processes; exit 128 + its number.
 
     Schedulers and shells know such a status as that of a process that a signal has ended.
@@ -45,7 +45,7 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
     """
     if os.environ.get(DEBUG_VARIABLE):
         traceback.print_exception(error)
-    if isinstance(error, Stopped):
+    if isinstance(error, StoppedError):
         return str(error), error.status
     if isinstance(error, UserError | RunError):
         return str(error), 2 if isinstance(error, UserError) else 1

@@ -38,7 +38,9 @@ def keep_changes(
         A sentence for each option that differs.
     """
     said: dict[str, None] = {}
-    for group, old, new in zip(optimizer.param_groups, begun["optimizer"], now["optimizer"]):
+    for group, old, new in zip(
+        optimizer.param_groups, begun["optimizer"], now["optimizer"], strict=False
+    ):
         for name, value in new.items():
             if name not in old or old[name] == value:
                 group.setdefault(name, value)
@@ -60,7 +62,8 @@ def _keep_in_schedule(
 ) -> Iterator[str]:
     for name, value in now.items():
         if name == PARTS:
-            for old, new, part in zip(begun.get(PARTS, ()), value, getattr(scheduler, PARTS)):
+            parts = zip(begun.get(PARTS, ()), value, getattr(scheduler, PARTS), strict=False)
+            for old, new, part in parts:
                 yield from _keep_in_schedule(old, new, part)
         elif name in begun and begun[name] != value:
             setattr(scheduler, name, type(getattr(scheduler, name))(value))
@@ -69,7 +72,7 @@ def _keep_in_schedule(
 
 
 def _of_scheduler(scheduler: Any) -> dict[str, Any]:
-    """Return the plain attributes of a schedule, and of its parts; what counts steps is not kept."""
+    """Return the plain attributes of a schedule and of its parts, but for those that count."""
     settings = _plain(
         {k: v for k, v in vars(scheduler).items() if not k.startswith("_") and k != "last_epoch"}
     )

@@ -23,7 +23,7 @@ from subprocess import Popen
 from threading import Lock, Thread
 from typing import Any, Final, NamedTuple
 
-from rslightning.errors import Stopped, UserError, describe_failure
+from rslightning.errors import StoppedError, UserError, describe_failure
 from rslightning.redaction import redact
 
 LAUNCHER_VARIABLE: Final = "RSLIGHTNING_LAUNCHER"
@@ -39,7 +39,7 @@ EXIT_SECONDS: Final = 60.0
 ADVICE: Final = "the run has ended; --ckpt_path last goes on with it"
 
 STOPPED: Final = tuple(128 + number for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM))
-"""Statuses of processes that a signal has stopped together (`Stopped`)."""
+"""Statuses of processes that a signal has stopped together (`StoppedError`)."""
 
 
 class Started(NamedTuple):
@@ -203,7 +203,7 @@ def ending_together() -> Iterator[None]:
     except SystemExit:
         raise
     except BaseException as error:
-        if isinstance(error, Stopped) and error.signum == signal.SIGUSR1 and _rank() == 0:
+        if isinstance(error, StoppedError) and error.signum == signal.SIGUSR1 and _rank() == 0:
             _ask_for_another_turn()
         if CHILDREN.processes or _is_started():
             _fail(error)
@@ -258,7 +258,7 @@ def _watch_launcher() -> None:
 
 def _fail(error: BaseException) -> None:
     """Tell the error, unless somebody else ends this process before its turn, and leave."""
-    if isinstance(error, Stopped):
+    if isinstance(error, StoppedError):
         _leave_together(error)
     rank, lost_peer = _rank(), _is_lost_peer(error)
     time.sleep(LOST_PEER_SECONDS if lost_peer else 2.0 * (rank > 0) + 1.0 * (_local_rank() > 0))
@@ -271,7 +271,7 @@ def _fail(error: BaseException) -> None:
     _leave(*describe_failure(error))
 
 
-def _leave_together(stopped: Stopped) -> None:
+def _leave_together(stopped: StoppedError) -> None:
     """Leave as all processes of the run do now, their state saved; rank 0 says why.
 
     Those that it started go first. torchrun and srun end what is left when one has ended: so the

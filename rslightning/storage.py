@@ -171,10 +171,10 @@ def _own_mark(path: Path) -> str:
 def _remove_left_behind(path: Path) -> None:
     """Remove what processes of this machine have left that died while they wrote `path`."""
     mark = _own_mark(path)
-    for name in os.listdir(path.parent):
-        process = name.removeprefix(mark).partition(".")[0]
-        if name.startswith(mark) and process.isdigit() and not _is_alive(int(process)):
-            remove(path.parent / name)
+    for other in list(path.parent.iterdir()):
+        process = other.name.removeprefix(mark).partition(".")[0]
+        if other.name.startswith(mark) and process.isdigit() and not _is_alive(int(process)):
+            remove(other)
 
 
 def _is_alive(process: int) -> bool:

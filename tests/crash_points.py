@@ -68,7 +68,7 @@ CALLS = {
 WRITES = {"write": 0, "pwrite64": 0, "writev": 0, "sendfile": 0, "copy_file_range": 2}
 FLUSHES = {"fsync", "fdatasync"}
 BY_DESCRIPTOR = WRITES | dict.fromkeys(FLUSHES | {"ftruncate"}, 0)
-# Which argument is the path that is made or removed; of `...at`, a directory's descriptor is before.
+# Which argument is the path that changes; of `...at`, a descriptor of its folder is before it.
 BY_PATH = {
     "open": 0,
     "openat": 1,
@@ -195,12 +195,12 @@ def _changed(process: int, name: str, arguments: list[int]) -> str | None:
         return str(path)
     has_folder = "at" in name  # else it is relative to where the process is
     inside = _opened(process, arguments[place - 1]) if has_folder else None
-    return str(Path(inside or os.readlink(f"/proc/{process}/cwd")) / path)
+    return str(Path(inside or str(Path(f"/proc/{process}/cwd").readlink())) / path)
 
 
 def _opened(process: int, descriptor: int) -> str | None:
     try:
-        return os.readlink(f"/proc/{process}/fd/{descriptor}")
+        return str(Path(f"/proc/{process}/fd/{descriptor}").readlink())
     except OSError as error:
         if error.errno != errno.ENOENT:
             raise
@@ -210,13 +210,13 @@ def _opened(process: int, descriptor: int) -> str | None:
 def _note(process: int, run: Run, name: str, arguments: list[int]) -> None:
     """Remember what is written and not flushed."""
     if name in WRITES or name in FLUSHES:
-        found = os.stat(f"/proc/{process}/fd/{arguments[BY_DESCRIPTOR[name]]}")
+        found = Path(f"/proc/{process}/fd/{arguments[BY_DESCRIPTOR[name]]}").stat()
         inode = (found.st_dev, found.st_ino)
         (run.unflushed.discard if name in FLUSHES else run.unflushed.add)(inode)
 
 
 def _text(process: int, address: int) -> str:
-    with open(f"/proc/{process}/mem", "rb", buffering=0) as memory:
+    with Path(f"/proc/{process}/mem").open("rb", buffering=0) as memory:
         memory.seek(address)
         return memory.read(4096).partition(b"\0")[0].decode()
 

@@ -1,7 +1,6 @@
 """Whenever a process dies, or its machine, what it was writing is whole, or as it was before."""
 
 import json
-import os
 import shutil
 import warnings
 from functools import partial
@@ -51,7 +50,7 @@ def clear(folder: Path) -> None:
 
 
 def left_aside(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob(".*")]
+    return list(folder.rglob(".*"))
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -104,7 +103,7 @@ def test_a_checkpoint_at_every_point(tmp_path, fit, count):
         resumed = fit(TrainableCheckpoint(2), path)
         assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items()), point
         assert left_aside(folder) == [], point
-        assert os.readlink(folder / CHECKPOINTS / "last.ckpt") == f"step-{STEPS}.ckpt"
+        assert (folder / CHECKPOINTS / "last.ckpt").readlink().name == f"step-{STEPS}.ckpt"
         assert len(list((folder / CHECKPOINTS).iterdir())) == 3, point
         points.append(point)
     assert len(points) > 30
@@ -219,7 +218,8 @@ def test_a_merged_folder_at_every_point(tmp_path, model_folder, count):
         found = weights()
         same = [all(torch.equal(found[n], each[n]) for n in each) for each in expected]
         assert sum(same) == 1, point
-        assert json.loads((target / "merge_report.json").read_text())["layers"].keys() == set(shapes)
+        report = json.loads((target / "merge_report.json").read_text())
+        assert report["layers"].keys() == set(shapes)
         merge(2)
         assert left_aside(target.parent) == []
         points.append(point)

@@ -1,4 +1,4 @@
-"""The ranges of pyproject.toml and the pinned versions say the same, and leave out what is known."""
+"""The ranges of pyproject.toml hold the pinned versions, and none that is known for harm."""
 
 import re
 from pathlib import Path

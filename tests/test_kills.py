@@ -74,7 +74,7 @@ def start(processes: int, port: int) -> list[int]:
     children = []
     for rank in range(processes):
         if (child := os.fork()) == 0:
-            with open("output", "a") as output:
+            with Path("output").open("a") as output:
                 for descriptor in (1, 2):
                     os.dup2(output.fileno(), descriptor)
             if processes > 1:
@@ -154,7 +154,7 @@ def test_killed_at_random(
         assert lives < 5 * KILLS, "it comes to its end too soon to be killed"
         if set(statuses) == {0}:  # to its end: begin anew
             assert_same(last()["state_dict"], whole["state_dict"])
-            os.rename("runs", f"runs-{lives}")
+            Path("runs").rename(f"runs-{lives}")
     assert wait(start(processes, free_ports()), 300) == [0] * processes, Path("output").read_text()
     killed = last()
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):

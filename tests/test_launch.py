@@ -169,7 +169,7 @@ def run(command, folder: Path, seconds: float, **environment) -> Ended:
 RANKS = """
 import os, signal, subprocess, sys, time
 from types import SimpleNamespace
-from rslightning.errors import Stopped, UserError
+from rslightning.errors import StoppedError, UserError
 from rslightning.launch import CHILDREN, ending_together
 
 words, alone = sys.argv[1:], "LOCAL_RANK" not in os.environ
@@ -200,7 +200,7 @@ def act(word):
     if word == "user":
         raise UserError("a mistake")
     if word in ("stop", "turn"):
-        raise Stopped(signal.SIGTERM if word == "stop" else signal.SIGUSR1, 7)
+        raise StoppedError(signal.SIGTERM if word == "stop" else signal.SIGUSR1, 7)
     if word == "interrupt":
         raise KeyboardInterrupt
     if word == "lost":
@@ -476,7 +476,9 @@ def test_a_run_of_which_one_rank_is_told_to_end_saves_and_goes_on(fit, whole, la
     ended = fit(name, *devices, *fault("SIGTERM", 1), launcher=launcher)
     assert ended.told == ["rslightning: stopped by SIGTERM after step 4"]
     assert ended.status == (143 if launcher == CONSOLE else 1)
-    assert "errors.Stopped" not in ended.err  # in no traceback, though torchrun has one of its own
+    assert (
+        "errors.StoppedError" not in ended.err
+    )  # in no traceback, though torchrun has one of its own
     folder = fit.root / name
     assert read(last(folder))["global_step"] == 4
     resumed = fit(name, *devices, "--ckpt_path", "last", launcher=launcher)

@@ -183,5 +183,5 @@ def test_a_run_that_another_process_trains_is_left_alone(tmp_path, run_processes
 def test_a_run_of_which_nothing_is_whole_is_not_silently_begun_anew(tmp_path):
     run = make_run(tmp_path / "tiny/version_0", (2,), config(tmp_path))
     cut(run / "checkpoints/step-2.ckpt")
-    with pytest.raises(UserError, match="^No checkpoint can be gone on from: "):
+    with pytest.raises(UserError, match=r"^No checkpoint can be gone on from: "):
         find_run(config(tmp_path))

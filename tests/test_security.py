@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -71,10 +72,8 @@ def test_a_tokenizers_own_code_does_not_run(hostile, tmp_path):
     config["tokenizer_class"] = "OwnTokenizer"
     path.write_text(json.dumps(config))
     (hostile / "config.json").unlink()
-    try:
+    with suppress(UserError):
         load_tokenizer(str(hostile))
-    except UserError:
-        pass
     assert not (tmp_path / "mark").exists()
 
 

@@ -25,7 +25,7 @@ from rslightning.checkpoint_folder import (
     point_last,
     step_name,
 )
-from rslightning.errors import RunError, Stopped
+from rslightning.errors import RunError, StoppedError
 from rslightning.manifest import write_manifest
 from rslightning.storage import put_in_place, reason_of, remove
 
@@ -70,7 +70,6 @@ class TrainableCheckpoint(Checkpoint):
         self._saved_step = 0  # nothing is worth saving before the first step
         self._between_steps: dict[str, Any] | None = None  # the fit loop's state after a step
         self._steps = False  # whether an optimizer step is being made
-        self._goes_back = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the folder, the same for all processes."""
@@ -125,25 +124,28 @@ class TrainableCheckpoint(Checkpoint):
         Raises:
             RunError: If a signal ended the run, and that state could not be saved.
         """
-        together = isinstance(exception, NonFiniteError | SIGTERMException | Stopped)
+        together = isinstance(exception, NonFiniteError | SIGTERMException | StoppedError)
         if isinstance(exception, StopNow) or (trainer.world_size > 1 and not together):
             return
-        if isinstance(exception, Stopped) and self._steps:  # by the callback before this one
+        if isinstance(exception, StoppedError) and self._steps:  # by the callback before this one
             self._step_is_over(trainer)
             self._log_step(trainer)
         if isinstance(exception, NonFiniteError):
             self._steps = False  # it is raised before the step is made
         if self._between_steps is not None and not self._steps:
-            self._goes_back = True
             self.save(trainer)
-        if isinstance(exception, Stopped) and self.problem:
+        if isinstance(exception, StoppedError) and self.problem:
             raise RunError(f"{exception}, and that step is in no checkpoint: {self.problem}")
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Let a run that goes on from an exception repeat the batches of the step that failed."""
-        if self._goes_back:
+        """Let a run that goes on begin right after the last step, whenever that was saved.
+
+        Of a step that failed it repeats the batches. After the end of an epoch Lightning would
+        count one more, which it begins with the loader's first pass, or leaves after one batch.
+        """
+        if self._between_steps is not None:
             checkpoint["loops"]["fit_loop"] = self._between_steps
 
     def _step_is_over(self, trainer: Trainer) -> None:

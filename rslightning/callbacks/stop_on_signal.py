@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import final
 
-from rslightning.errors import Stopped
+from rslightning.errors import StoppedError
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""What a scheduler or a user sends: to end, to interrupt, and SLURM's word before the time is up."""
+"""What a scheduler or a user sends: to end, to interrupt, and SLURM's, before the time is up."""
 
 
 class StopNow(KeyboardInterrupt):
@@ -32,7 +32,7 @@ class StopOnSignal(Callback):
     the processes are then at different places, and wait for each other for ever.
 
     Raises:
-        Stopped: When all processes have been told.
+        StoppedError: When all processes have been told.
     """
 
     def __init__(self) -> None:
@@ -57,14 +57,14 @@ class StopOnSignal(Callback):
             mine = torch.tensor(float(noted), device=trainer.strategy.root_device)
             noted = int(trainer.strategy.reduce(mine, reduce_op="max"))
         if noted:
-            raise Stopped(noted, trainer.global_step)
+            raise StoppedError(noted, trainer.global_step)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *arguments: Any
     ) -> None:
         """Stop; several processes may have different numbers of batches, and end the pass first."""
         if self._noted and trainer.world_size == 1:
-            raise Stopped(self._noted, trainer.global_step)
+            raise StoppedError(self._noted, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the signals back."""
@@ -74,7 +74,7 @@ class StopOnSignal(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Give the signals back, but for those that would disturb the saving."""
-        if not isinstance(exception, Stopped):
+        if not isinstance(exception, StoppedError):
             self._give_back()
 
     def _give_back(self) -> None:

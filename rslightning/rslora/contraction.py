@@ -43,7 +43,9 @@ from rslightning.cost import ORDERS, USUAL_ORDER, LayerShape, Order, cheapest_or
 SPLIT_ORDERS: Final = tuple(order for order in ORDERS if not any(order[:2]))
 """The orders without W'."""
 
-HAS_AMX: Final[bool] = getattr(torch.cpu, "get_capabilities", dict)().get("amx_tile", False)
+HAS_AMX: Final[bool] = hasattr(torch.cpu, "get_capabilities") and bool(
+    torch.cpu.get_capabilities().get("amx_tile")
+)
 """Whether the CPU, if products are computed there, has a unit for those of 16-bit matrices."""
 
 Function: Any = torch.autograd.Function  # has no type that a class could be derived from

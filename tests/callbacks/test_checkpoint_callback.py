@@ -164,7 +164,7 @@ class AtStep(Callback):
 
 @pytest.fixture
 def disk():
-    """Return functions that fill the disk, as far as files of a size are concerned, and clear it."""
+    """Return functions that fill the disk, for files of a size, and clear it."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill():
@@ -181,7 +181,7 @@ def test_training_outlives_a_full_disk(make_trainer, make_module, make_data, tmp
     fill, clear = disk
     events = AtStep(step2=fill, step4=clear)
     module = make_module()
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="could not be saved") as told:
         fit(make_trainer, module, make_data(), TrainableCheckpoint(2, 3), events, max_steps=6)
     folder = tmp_path / "checkpoints"
     assert [str(each.message) for each in told if "saved" in str(each.message)] == [
@@ -197,8 +197,8 @@ def test_a_disk_that_stays_full_fails_the_run_at_its_end(
     make_trainer, make_module, make_data, tmp_path, disk
 ):
     module = make_module()
+    callbacks = [TrainableCheckpoint(2), AtStep(step3=disk[0])]
     with pytest.warns(UserWarning, match="could not be saved"), pytest.raises(RunError) as caught:
-        callbacks = [TrainableCheckpoint(2), AtStep(step3=disk[0])]
         fit(make_trainer, module, make_data(), *callbacks, max_steps=6)
     assert str(caught.value) == "The final state is in no checkpoint: File too large."
     assert files(tmp_path) == ["last.ckpt", "step-2.ckpt"]
@@ -220,7 +220,9 @@ def test_a_folder_in_which_nothing_can_be_made(make_trainer, make_module, make_d
         (tmp_path / "checkpoints").unlink()
 
     events = AtStep(step3=spoil, step5=mend)
-    with pytest.warns(UserWarning, match=r"There is none of before; the next one is due in 2 steps"):
+    with pytest.warns(
+        UserWarning, match=r"There is none of before; the next one is due in 2 steps"
+    ):
         fit(make_trainer, make_module(), make_data(), TrainableCheckpoint(2), events, max_steps=6)
     assert files(tmp_path) == ["last.ckpt", "step-6.ckpt"]
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 
 from rslightning.callbacks import StopOnSignal, TrainableCheckpoint
-from rslightning.errors import RunError, Stopped
+from rslightning.errors import RunError, StoppedError
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 
@@ -72,7 +72,7 @@ def give_back(signals=SIGNALS):
 @resumes
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_the_step_is_ended_and_saved_and_gone_on_from(fit, tmp_path, capsys, number):
-    with pytest.raises(Stopped) as caught:
+    with pytest.raises(StoppedError) as caught:
         fit(Told(number, micro_batch=0), accumulate_grad_batches=2)
     give_back()
     assert str(caught.value) == f"stopped by {number.name} after step 3"
@@ -90,7 +90,7 @@ def test_the_step_is_ended_and_saved_and_gone_on_from(fit, tmp_path, capsys, num
 def test_all_processes_stop_when_one_is_told(fit, run_processes, tmp_path, rank):
     def run(_):
         options = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
-        with pytest.raises(Stopped, match="^stopped by SIGTERM after step 3$"):
+        with pytest.raises(StoppedError, match=r"^stopped by SIGTERM after step 3$"):
             fit(Told(signal.SIGTERM, rank=rank), **options)
 
     assert run_processes(2, run) == [0, 0]
@@ -106,7 +106,7 @@ def test_a_second_interrupt_stops_at_once_and_saves_nothing(fit, tmp_path):
 
 
 def test_a_second_request_to_terminate_changes_nothing(fit, tmp_path):
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         fit(Told(signal.SIGTERM, signal.SIGTERM))
     give_back()
     assert saved(tmp_path) == {"last.ckpt": 3, "step-3.ckpt": 3}
@@ -126,7 +126,7 @@ class ToldInValidation(Callback):
 def test_a_validation_is_interrupted_and_the_step_before_it_saved(fit, tmp_path):
     told = ToldInValidation()
     options = {"limit_val_batches": 2, "val_check_interval": 2, "check_val_every_n_epoch": None}
-    with pytest.raises(Stopped, match="after step 2$"):
+    with pytest.raises(StoppedError, match=r"after step 2$"):
         fit(told, **options)
     give_back()
     assert told.batches == 1
