@@ -14,6 +14,10 @@ from typing import Any, Final
 MANIFEST_FILE: Final = "manifest.json"
 BLOCK_BYTES: Final = 2**22
 
+WAY_OUT: Final = (
+    f"copy or write it again, or remove its {MANIFEST_FILE} if another program changed it rightly"
+)
+
 
 def write_manifest(folder: Path) -> None:
     """Write `manifest.json` over all files of a folder that is complete otherwise."""

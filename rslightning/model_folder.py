@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from rslightning.assets import PREFIX, resolve_asset
 from rslightning.errors import UserError
-from rslightning.manifest import MANIFEST_FILE, find_damage
+from rslightning.manifest import MANIFEST_FILE, WAY_OUT, find_damage
 from rslightning.storage import open_tensors
 
 CONFIG_FILE: Final = "config.json"
@@ -58,7 +58,7 @@ class ModelFolder:
         """Raise `UserError` unless every weight file is there, readable and of its whole size."""
         _ = self.shards
         if damage := find_damage(self.path, ".safetensors", contents=False):
-            raise UserError(f"{self.path} is damaged: {damage}; merge or copy it again.")
+            raise UserError(f"{self.path} is damaged: {damage}; {WAY_OUT}.")
 
     def other_files(self) -> list[Path]:
         """Configuration, tokenizer and templates: what is not weights, nor speaks of them."""

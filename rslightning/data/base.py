@@ -200,6 +200,7 @@ class TextDataModule(LightningDataModule, ABC):
             world_size=steps.processes,
             num_workers=self.num_workers,
             step_value=step_value,
+            limit=steps.limit,
             pin_memory=bool(trainer and trainer.strategy.root_device.type == "cuda"),
         )
 
@@ -229,6 +230,7 @@ class TextDataModule(LightningDataModule, ABC):
             collate,
             num_workers=self.num_workers,
             length=trainer.max_steps * trainer.accumulate_grad_batches if trainer else None,
+            limit=steps.limit,
             window=steps.window,
             gather=steps.gather,
             on_chunk=self.counts["training"].add,

@@ -4,6 +4,7 @@ A loader of Lightning's or torch's repeats rows after a resume in mid-pass; this
 where its state says, with any number of workers and processes.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
@@ -30,6 +31,7 @@ class OrderedLoader(Generic[T]):
         num_workers: Processes that read and collate ahead.
         step_value: Optionally, a number for each batch of the pass, computed from the rows of all
             processes: the argument is the pass's order, [batch][process][row index or None].
+        limit: Returns after how many batches a pass is cut short.
         pin_memory: Hand batches over in page-locked memory.
     """
 
@@ -45,12 +47,14 @@ class OrderedLoader(Generic[T]):
         world_size: int = 1,
         num_workers: int = 0,
         step_value: Callable[[list[list[list[int | None]]]], Sequence[Any]] | None = None,
+        limit: Callable[[], float] = lambda: math.inf,
         pin_memory: bool = False,
     ) -> None:
         self.dataset, self.batch_size, self.collate = dataset, batch_size, collate
         self.shuffle, self.seed = shuffle, seed
         self.rank, self.world_size = rank, world_size
-        self.num_workers, self.step_value, self.pin_memory = num_workers, step_value, pin_memory
+        self.num_workers, self.step_value = num_workers, step_value
+        self.limit, self.pin_memory = limit, pin_memory
         self._pass = 0
         self._yielded = 0
         self._resumed = False
@@ -60,7 +64,7 @@ class OrderedLoader(Generic[T]):
         return -(-len(self.dataset) // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[T]:
-        if self._yielded >= len(self) or not self._resumed:
+        if self._yielded >= min(len(self), self.limit()) or not self._resumed:
             self._pass += 1 if self._yielded else 0
             self._yielded = 0
         self._resumed = False

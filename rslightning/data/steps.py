@@ -1,5 +1,6 @@
 """What an optimizer step is made of: micro-batches and processes, as a Trainer runs them."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -35,6 +36,10 @@ class OptimizerSteps:
         """
         return self.processes * (self.trainer.accumulate_grad_batches if self.trainer else 1)
 
+    def limit(self) -> float:
+        """Return after how many batches a pass is over; infinity where none is known."""
+        return self.trainer.num_training_batches if self.trainer else math.inf
+
     def window(self, first: int) -> int:
         """Return how many batches the step has that begins with batch `first` of a pass.
 
@@ -42,7 +47,7 @@ class OptimizerSteps:
         """
         if self.trainer is None:
             return 1
-        left = self.trainer.num_training_batches - first
+        left = self.limit() - first
         return int(max(1, min(self.trainer.accumulate_grad_batches, left)))
 
     def share_targets(self, counts: Sequence[int]) -> list[float]:

@@ -6,6 +6,7 @@ The rows of a split, in their order, are cut into chunks. Chunk c of pass p belo
 of workers. A stream never ends; after the last row the next pass begins.
 """
 
+import math
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +125,7 @@ class StreamLoader(Generic[T]):
         collate: (blocks, targets of the whole optimizer step) -> batch.
         num_workers: Processes that read, encode and pack ahead.
         length: Batches until the loader stops; None goes on for ever.
+        limit: Returns after how many batches an iteration is cut short.
         window: Number of batch -> batches of the optimizer step that begins there.
         gather: Tensor [4] of this process -> tensor [processes, 4] of all.
         on_chunk: Called with the counts of each chunk that is begun.
@@ -137,12 +139,14 @@ class StreamLoader(Generic[T]):
         *,
         num_workers: int = 0,
         length: int | None = None,
+        limit: Callable[[], float] = lambda: math.inf,
         window: Callable[[int], int] = lambda batch: 1,
         gather: Callable[[Tensor], Tensor] = lambda tensor: tensor[None],
         on_chunk: Callable[[Counts], None] = lambda counts: None,
     ) -> None:
         self.reader, self.batch_size, self.collate = reader, batch_size, collate
-        self.num_workers, self.length, self.window = num_workers, length, window
+        self.num_workers, self.length = num_workers, length
+        self.limit, self.window = limit, window
         self.gather, self.on_chunk = gather, on_chunk
         self._positions = torch.zeros(reader.world_size, len(Position._fields), dtype=torch.int64)
         self._done = 0  # batches of the window that begins at these positions
@@ -156,7 +160,7 @@ class StreamLoader(Generic[T]):
         return self.length
 
     def __iter__(self) -> Iterator[T]:
-        if not self._resumed or self._yielded == self.length:
+        if not self._resumed or self._yielded in (self.length, self.limit()):
             self._yielded = 0
         self._resumed = False
         skip, first = self._done, self._yielded - self._done

@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 from torch import Tensor
 
 from rslightning.errors import UserError
-from rslightning.manifest import find_damage
+from rslightning.manifest import WAY_OUT, find_damage
 from rslightning.model_folder import read_json
 from rslightning.rslora.adapters import Adapter, LayerAdapter
 from rslightning.rslora.quantized import QuantizedBase
@@ -131,7 +131,7 @@ def read_adapter(folder: str | Path) -> Adapter:
             "again with PEFT as safetensors."
         )
     if damage := find_damage(folder, ".safetensors"):
-        raise UserError(f"{folder} is damaged: {damage}; export or copy it again.")
+        raise UserError(f"{folder} is damaged: {damage}; {WAY_OUT}.")
     with open_tensors(folder / WEIGHTS_FILE) as tensors:
         for key in tensors.keys():  # noqa: SIM118 (the handle is no mapping)
             match = TENSOR_KEY.fullmatch(key)

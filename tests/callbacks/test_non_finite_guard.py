@@ -34,6 +34,7 @@ def spoil(module, path, when, value=float("inf"), gradient=False):
             return output
         return Poison.apply(output) if gradient else output * value
 
+    torch.manual_seed(0)  # as `fit` does for a module that is not spoiled
     module.configure_model()
     module.get_submodule(path).register_forward_hook(hook)
 
@@ -43,6 +44,7 @@ PLACE = "model.model.layers.1.mlp.up_proj"
 
 def fit(make_trainer, module, data, **options):
     options = {"limit_val_batches": 0, "max_steps": 5} | options
+    torch.manual_seed(0)
     make_trainer(**options).fit(module, data)
 
 
@@ -104,9 +106,7 @@ def test_the_last_good_state_is_kept_as_last(make_trainer, make_module, make_dat
 
 def test_a_run_that_is_finite_is_left_alone(make_trainer, make_module, make_data):
     plain, guarded = make_module(), make_module()
-    torch.manual_seed(0)
     fit(make_trainer, plain, make_data(), accumulate_grad_batches=2)
-    torch.manual_seed(0)
     guard = NonFiniteGuard()
     fit(make_trainer, guarded, make_data(), accumulate_grad_batches=2, callbacks=[guard])
     expected = weights(plain)

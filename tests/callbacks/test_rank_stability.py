@@ -187,7 +187,7 @@ def assert_theory(report, optimizer, tolerance):
 def test_slopes_on_a_random_model(make_trainer, make_module, make_data, tmp_path, optimizer):
     module = make_module(adapter=SPEC, optimizer=OPTIMIZERS[optimizer])
     report = measure(make_trainer, module, make_data(), ranks=(8, 64, 512))
-    assert_theory(report, optimizer, 0.1)
+    assert_theory(report, optimizer, 0.12)
     name = OPTIMIZERS[optimizer].func.__name__
     flat, other = ("rslora", "lora") if optimizer == "sgd" else ("lora", "rslora")
     text = (tmp_path / "rank_stability.txt").read_text()

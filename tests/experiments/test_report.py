@@ -9,6 +9,7 @@ pytest.importorskip("matplotlib")
 from rslightning.__main__ import main
 from rslightning.errors import UserError
 from rslightning.experiments.report import MARK, write_report
+from rslightning.manifest import MANIFEST_FILE
 
 MESSAGE = "Step 3 was not taken: the loss is inf in /some/where/x.py. The weights are in /a/b/c."
 
@@ -41,7 +42,8 @@ def report(sweep, tmp_path_factory):
 def test_a_report_has_figures_verdicts_and_all_cells(sweep, report):
     text = (report / "report.md").read_text(encoding="utf-8")
     files = {path.relative_to(report).as_posix() for path in report.rglob("*") if path.is_file()}
-    assert files == {"report.md", *(f"figure2/figure2.{kind}" for kind in ("png", "svg", "csv"))}
+    figures = {f"figure2/figure2.{kind}" for kind in ("png", "svg", "csv")}
+    assert files == {"report.md", MANIFEST_FILE, *figures}
     assert "![figure2](figure2/figure2.png)" in text
     assert "*figure9* (moments): no run of this study wrote what it shows." in text
     assert "## Perplexity by rank" in text

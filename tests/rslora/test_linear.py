@@ -108,7 +108,7 @@ def test_identity_at_initialization(monkeypatch, base, dtype):
         )
         if base == "conv1d":  # laid out anew, W is multiplied in another order
             error = (layer(x).double() - exact).abs() / sum_of_magnitudes(layer, x)
-            assert error.max() < torch.finfo(dtype).eps
+            assert error.max() < (IN + 1) * torch.finfo(dtype).eps / 2  # of IN products and a bias
         else:
             assert torch.equal(layer(x), layer.base(x))
 

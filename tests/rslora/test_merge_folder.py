@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rslightning.errors import RunError, UserError
+from rslightning.manifest import MANIFEST_FILE
 from rslightning.model_folder import INDEX_FILE, WEIGHTS_FILE, ModelFolder
 from rslightning.rslora import merge_folder as merge_folder_module
 from rslightning.rslora.adapters import attach_adapter, collect_adapter
@@ -147,7 +148,7 @@ def test_files_index_and_description(tiny_llama, tmp_path):
     (base.path / "tokenizer.json").write_text("{}")
     (base.path / "notes.md").write_text("not a part of the model")
     merged(base, collect_adapter(adapted(tiny_llama)), tmp_path / "merged")
-    names = {path.name for path in base.path.iterdir()} - {"notes.md"}
+    names = {path.name for path in base.path.iterdir()} - {"notes.md"} | {MANIFEST_FILE}
     assert {path.name for path in (tmp_path / "merged").iterdir()} == names
     for name in ("tokenizer.json", "config.json", "generation_config.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (base.path / name).read_bytes()

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rslightning.errors import UserError
+from rslightning.manifest import MANIFEST_FILE
 from rslightning.rslora.adapters import attach_adapter, collect_adapter
 from rslightning.rslora.inject import inject_adapters
 from rslightning.rslora.linear import adapter_layers
@@ -233,6 +234,7 @@ def test_layout_of_the_folder(tiny_llama, tmp_path):
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "manifest.json",
     ]
     config = json.loads((tmp_path / "adapter" / CONFIG_FILE).read_text())
     assert list(config) == sorted(config)
@@ -275,8 +277,9 @@ def test_a_folder_gives_way_only_when_told(tiny_llama, tmp_path):
 
 @pytest.fixture
 def folder(tiny_llama, tmp_path):
-    """Return a sound adapter folder, to be damaged."""
+    """Return a sound adapter folder as another program writes it, to be damaged."""
     write_adapter(collect_adapter(adapted(tiny_llama, targets=["v_proj"])), tmp_path / "adapter")
+    (tmp_path / "adapter" / MANIFEST_FILE).unlink()
     return tmp_path / "adapter"
 
 
@@ -361,6 +364,22 @@ def test_a_pickle_is_refused(folder):
         f"{folder} holds adapter_model.bin, a pickle that could run code when opened; save it "
         "again with PEFT as safetensors."
     )
+
+
+def test_what_another_program_wrote_over_ours(tiny_llama, tmp_path):
+    base, ours = copy.deepcopy(tiny_llama), tmp_path / "adapter"
+    write_adapter(collect_adapter(adapted(tiny_llama, targets=["v_proj"])), ours)
+    theirs = PeftModel.from_pretrained(base, ours)
+    with torch.no_grad():
+        theirs.base_model.model.model.layers[0].self_attn.v_proj.lora_B["default"].weight.fill_(3)
+    theirs.save_pretrained(ours)
+    assert refusal(ours) == (
+        f"{ours} is damaged: adapter_model.safetensors has other bytes than were written; copy or "
+        "write it again, or remove its manifest.json if another program changed it rightly."
+    )
+    (ours / MANIFEST_FILE).unlink()
+    changed = read_adapter(ours).layers["model.layers.0.self_attn.v_proj"].lora_b
+    assert bool((changed == 3).all())
 
 
 def test_a_missing_half(folder):

@@ -85,6 +85,28 @@ def test_where_a_limit_cuts_the_window(fit, tmp_path, kind):
     assert rows[2][1] < rows[0][1]
 
 
+@pytest.mark.parametrize(
+    ("first_steps", "options"),
+    [
+        (3, {}),  # a pass of 5 batches: steps of 2, 2 and 1
+        (2, {"limit_train_batches": 3}),
+        (2, {"limit_train_batches": 3, "data_options": STREAM}),
+    ],
+)
+def test_at_the_end_of_a_pass(fit, tmp_path, first_steps, options):
+    check(fit, tmp_path, first_steps, steps=8, accumulate_grad_batches=2, **options)
+
+
+@pytest.mark.parametrize("limit", [1.0, 3])
+def test_epochs_that_follow_the_last_one(fit, tmp_path, limit):
+    options = {"steps": -1, "limit_train_batches": limit}
+    rows, adapters = fit(tmp_path / "whole", max_epochs=3, **options)
+    before, _ = fit(tmp_path / "part", max_epochs=1, **options)
+    after, resumed = fit(tmp_path / "part", max_epochs=3, resume=True, **options)
+    assert before + after == rows
+    assert all(torch.equal(adapters[name], resumed[name]) for name in adapters)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", [{}, STREAM | {"shuffle_buffer": 5}])
 def test_two_processes(fit, make_data, run_processes, tmp_path, workers, kind):
