@@ -77,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         verbs.add_parser(verb, help=purpose)
     _add_merge(verbs)
     _add_export(verbs)
+    _add_convert(verbs)
     data = verbs.add_parser("data", help="data show --config RECIPE: what the model sees")
     data.add_argument("action", choices=("show",))
     data.add_argument("-n", type=int, default=3, metavar="N", help="training blocks to show")
@@ -120,6 +121,18 @@ def _add_export(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "ignore use_rslora",
     )
     export.set_defaults(run=_lazily("rslightning.verbs", "export"))
+
+
+def _add_convert(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    convert = verbs.add_parser("convert", help="a folder with .bin weights -> safetensors")
+    convert.add_argument(
+        "--pickle",
+        required=True,
+        metavar="DIR",
+        help="a model's or adapter's folder that you trust; opened with weights_only=True even so",
+    )
+    convert.add_argument("--output", required=True, metavar="DIR", help="a new folder")
+    convert.set_defaults(run=_lazily("rslightning.verbs", "convert"))
 
 
 def _add_plan(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -86,7 +86,8 @@ class ModelFolder:
         if pickles:
             return (
                 f"{self.path} has its weights only as a pickle ({pickles[0].name}), which could "
-                "run code when opened; convert it to safetensors."
+                "run code when opened; if you trust it, write it as safetensors with rslightning "
+                f"convert --pickle {self.path} --output DIR."
             )
         return f"{self.path} has no {WEIGHTS_FILE} and no {INDEX_FILE}."
 

@@ -1,4 +1,4 @@
-"""The verbs that need no Trainer: `merge` and `export`."""
+"""The verbs that need no Trainer: `merge`, `export` and `convert`."""
 
 import argparse
 from dataclasses import replace
@@ -11,6 +11,7 @@ from rslightning.assets import resolve_asset
 from rslightning.checkpoint import load_adapter
 from rslightning.errors import UserError
 from rslightning.model_folder import ModelFolder, find_model_folder
+from rslightning.pickles import convert_pickles
 from rslightning.rslora.adapters import Adapter
 from rslightning.rslora.merge_folder import merge_folder
 from rslightning.rslora.peft_format import write_adapter
@@ -49,6 +50,16 @@ def export(arguments: argparse.Namespace) -> None:
     write_adapter(adapter, arguments.output, arguments.fold_scaling)
     how = "gamma folded into B" if arguments.fold_scaling else "PEFT layout"
     print(f"Exported the adapters of {len(adapter.layers)} layers to {arguments.output} ({how}).")
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Write a folder that holds its weights as pickles as one that holds safetensors."""
+    folder = Path(arguments.pickle)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder.")
+    with new_folder(arguments.output) as aside:
+        names = convert_pickles(folder, aside)
+    print(f"Wrote {', '.join(names)} to {arguments.output}.")
 
 
 def _base_folder(adapter: Adapter, override: str | None) -> ModelFolder:

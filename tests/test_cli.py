@@ -109,7 +109,7 @@ def leftovers() -> set[str]:
 def test_help_names_every_verb(arguments):
     outcome = run(*arguments)
     assert outcome.status == 0
-    for verb in ("fit", "validate", "test", "predict", "merge", "export", "recipes"):
+    for verb in ("fit", "validate", "test", "predict", "merge", "export", "convert", "recipes"):
         assert f"\n    {verb} " in outcome.out
     assert "rslightning fit --config recipes/quickstart.yaml" in outcome.out
 
@@ -118,7 +118,7 @@ def test_version():
     assert run("--version") == (0, f"rslightning {__version__}\n", "")
 
 
-@pytest.mark.parametrize("verb", ["merge", "export", "recipes"])
+@pytest.mark.parametrize("verb", ["merge", "export", "convert", "recipes"])
 def test_help_of_a_light_verb(verb):
     outcome = run(verb, "--help")
     assert outcome.status == 0

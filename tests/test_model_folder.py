@@ -102,7 +102,8 @@ def test_weights_in_a_pickle_are_not_opened(copied):
     torch.save({"weight": torch.zeros(1)}, copied / "pytorch_model.bin")
     assert refused(ModelFolder(copied).check_weights) == (
         f"{copied} has its weights only as a pickle (pytorch_model.bin), which could run code when "
-        "opened; convert it to safetensors."
+        "opened; if you trust it, write it as safetensors with rslightning convert --pickle "
+        f"{copied} --output DIR."
     )
 
 

@@ -127,8 +127,9 @@ def read_adapter(folder: str | Path) -> Adapter:
     matrices: dict[str, dict[str, Tensor]] = {}
     if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
         raise UserError(
-            f"{folder} holds adapter_model.bin, a pickle that could run code when opened; save it "
-            "again with PEFT as safetensors."
+            f"{folder} holds adapter_model.bin, a pickle that could run code when opened; if you "
+            "trust it, write it as safetensors with rslightning convert --pickle "
+            f"{folder} --output DIR."
         )
     if damage := find_damage(folder, ".safetensors"):
         raise UserError(f"{folder} is damaged: {damage}; {WAY_OUT}.")

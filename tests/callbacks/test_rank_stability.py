@@ -34,7 +34,8 @@ STREAM = {"streaming": True, "shuffle_buffer": 6, "held_out_examples": 2}
 OPTIMIZERS = {
     "sgd": partial(optim.SGD, lr=1e-3),
     "adamw": partial(optim.AdamW, lr=1e-5),
-    "adafactor": partial(optim.Adafactor, lr=1e-5),
+    # Times eps2 = 1e-3 where a weight is 0, as B is: less is lost in the rounding of the logits.
+    "adafactor": partial(optim.Adafactor, lr=1e-2),
 }
 
 
@@ -187,11 +188,11 @@ def assert_theory(report, optimizer, tolerance):
 def test_slopes_on_a_random_model(make_trainer, make_module, make_data, tmp_path, optimizer):
     module = make_module(adapter=SPEC, optimizer=OPTIMIZERS[optimizer])
     report = measure(make_trainer, module, make_data(), ranks=(8, 64, 512))
-    assert_theory(report, optimizer, 0.12)
+    assert_theory(report, optimizer, 0.1)
     name = OPTIMIZERS[optimizer].func.__name__
     flat, other = ("rslora", "lora") if optimizer == "sgd" else ("lora", "rslora")
     text = (tmp_path / "rank_stability.txt").read_text()
-    rate = "0.001" if optimizer == "sgd" else "1e-05"
+    rate = {"sgd": "0.001", "adamw": "1e-05", "adafactor": "0.01"}[optimizer]
     assert f"With {name} at learning rate {rate}, {flat} (slope " in text
     assert ") keeps the output's change constant over the rank; " + other in text
 

@@ -361,8 +361,9 @@ def test_a_pickle_is_refused(folder):
     (folder / WEIGHTS_FILE).unlink()
     (folder / "adapter_model.bin").write_bytes(b"never opened")
     assert refusal(folder) == (
-        f"{folder} holds adapter_model.bin, a pickle that could run code when opened; save it "
-        "again with PEFT as safetensors."
+        f"{folder} holds adapter_model.bin, a pickle that could run code when opened; if you "
+        f"trust it, write it as safetensors with rslightning convert --pickle {folder} "
+        "--output DIR."
     )
 
 
