@@ -8,9 +8,11 @@ import argparse
 import errno
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from inspect import signature
 from pathlib import Path
@@ -47,8 +49,10 @@ from rslightning.data import TextDataModule
 from rslightning.data.show import choose_marks, describe_data
 from rslightning.errors import RunError, UserError
 from rslightning.launch import CHILDREN, ending_together
+from rslightning.model_folder import ModelFolder, find_model_folder
 from rslightning.module import CausalLMModule
 from rslightning.patient_events import waiting_events
+from rslightning.plain_yaml import read_plain_yaml
 from rslightning.plan import device_memory, parse_memory, read_plan
 from rslightning.plan_text import describe_plan, describe_ways_out
 from rslightning.recipes import find_config
@@ -70,7 +74,11 @@ GROUPS: Final[dict[str, tuple[Any, dict[str, Any] | None]]] = {
     "score_answers": (ScoreAnswers | None, {}),
 }
 
-DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CLOSED: Final = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
+DESCRIBE: Final = ("config.yaml", "hparams.yaml")  # a run, and are written before its first step
+EVENTS: Final = "events.out.tfevents."
 
 SUBCOMMANDS: Final = ("fit", "validate", "test", "predict")
 
@@ -158,11 +166,20 @@ class RecipeCLI(LightningCLI):
         """Run it; where memory runs out, say what would need less."""
         try:
             super()._run_subcommand(subcommand)
+        except UserError:
+            _remove_unbegun(self.trainer)
+            raise
         except torch.OutOfMemoryError as error:
             raise RunError(_describe_lack(self.config[subcommand].as_dict())) from error
 
     def before_fit(self) -> None:
-        """Refuse a checkpoint that this run cannot go on from, before anything is built."""
+        """Refuse a base that is not whole, and a checkpoint that this run cannot go on from.
+
+        Now, and not after the data are tokenized, which may take long.
+        """
+        base = ModelFolder(find_model_folder(self.model.base_model))
+        if self.model.pretrained:
+            base.check_weights()
         path = self._get(self.config, "ckpt_path")
         if path is None:
             return
@@ -210,6 +227,25 @@ class RecipeCLI(LightningCLI):
 
         What must not differ on resume is compared by `CausalLMModule.on_load_checkpoint`.
         """
+
+
+def _remove_unbegun(trainer: Trainer) -> None:
+    """Remove the folder of a run that was refused before its first step; what it held is told.
+
+    Lightning's logger makes one even when the run is refused before the fit starts.
+    """
+    if trainer.global_step > 0:
+        return
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        folder = Path(logger.log_dir) if getattr(logger, "log_dir", None) else None
+        if folder is None or not folder.is_dir():
+            continue
+        names = {path.name for path in folder.iterdir()}
+        if all(name in DESCRIBE or name.startswith(EVENTS) for name in names):
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in (folder.parent, folder.parent.parent):
+                with suppress(OSError):  # it holds other runs
+                    parent.rmdir()
 
 
 def _any_checkpoint(ours: list[Any], config: dict[str, Any]) -> bool:
@@ -296,11 +332,16 @@ def _parse(arguments: Sequence[str], run: bool = True, build: bool = True) -> Re
     except argparse.ArgumentError as error:
         raise UserError(explain(str(error), known_keys())) from None
     except MisconfigurationException as error:
-        raise UserError(" ".join(str(error).split())) from error
+        said = " ".join(str(error).split())
+        if "gpu backend" in said:
+            said = "There is no GPU here: set trainer.accelerator to cpu, or leave it out."
+        raise UserError(said) from error
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise RunError(f"The disk took no more: {error.strerror}.") from error
+        if error.errno in FULL:
+            raise RunError(f"The disk took no more: {error.strerror}.") from error
+        if error.errno in CLOSED and error.filename is not None:
+            raise RunError(f"Could not write {error.filename}: {error.strerror}.") from error
+        raise
     except SystemExit as stop:  # what Lightning makes of an interrupt
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
@@ -326,14 +367,11 @@ def _resolve_configs(arguments: Sequence[str]) -> list[str]:
 def _config_file(name: str) -> Path:
     """Return the file of a configuration, which is a mapping in YAML."""
     path = find_config(name)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    content = read_plain_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no keys such as model, data and trainer.")
     if "grids" in content:
-        raise UserError(f"{path} is a sweep: run it with rslightning sweep --config {name}.")
+        raise UserError(f"{name} is a sweep: run it with rslightning sweep --config {name}.")
     return path
 
 

@@ -21,8 +21,14 @@ def explain(message: str, known_keys: Iterable[str]) -> str:
     wrong = _wrong_key(message)
     if wrong is not None:
         close = _nearest_key(wrong, list(known_keys))
+        if close and wrong.startswith(f"{close}."):
+            return f"There is no option {wrong}: what {close} names does not take it."
         hint = f"; did you mean {close}?" if close else "; see rslightning fit --help."
         return f"There is no option {wrong}{hint}"
+    if found := re.search(r"Expected a path but ([\w.]+) either not accessible", message):
+        keys = re.findall(r'Parser key "([^"]+)"', message)
+        where = f"{'.'.join(keys)}: " if keys else ""
+        return f"{where}There is no class {found[1]} that can be imported"
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     reasons = dict.fromkeys(_plainly(line) for line in lines if not BOILERPLATE.match(line))
     reason = _join(list(reasons)) or message

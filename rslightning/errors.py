@@ -47,9 +47,10 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
         traceback.print_exception(error)
     if isinstance(error, StoppedError):
         return str(error), error.status
+    said = " ".join(str(error).split())
     if isinstance(error, UserError | RunError):
-        return str(error), 2 if isinstance(error, UserError) else 1
-    text = ": ".join(filter(None, [type(error).__name__, " ".join(str(error).split())]))
+        return said, 2 if isinstance(error, UserError) else 1
+    text = ": ".join(filter(None, [type(error).__name__, said]))
     return f"{text} ({_keep_traceback(error)})", 1
 
 

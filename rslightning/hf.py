@@ -1,7 +1,7 @@
 """Hugging Face models: built with every default that matters spelled out."""
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,10 @@ def load_causal_lm(
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused here, by name
                 **options,
             )
+            _refuse_mismatched(folder, info["mismatched_keys"])
             _refuse_missing(folder, info["missing_keys"])
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -80,13 +82,23 @@ def load_causal_lm(
     except UserError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+        raise UserError(
+            f"{folder} cannot be loaded as a causal language model: {_reason(error)}"
+        ) from error
     model.train()  # from_pretrained returns eval mode, which Lightning would keep
     model.config.use_cache = False
     _keep_one_layout(model)
     if activation_checkpointing:
         _enable_checkpointing(model)
     return model
+
+
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            "it brings code of its own; read that, and set model.trust_remote_code: true to run it."
+        )
+    return str(error).strip().splitlines()[0]
 
 
 def quantization_config(quantization: Mapping[str, Any], dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -138,6 +150,17 @@ def _keep_one_layout(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _refuse_mismatched(
+    folder: Path, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]
+) -> None:
+    """Raise `UserError` where a weight has another size than the configuration gives it."""
+    for name, found, expected in sorted(mismatched):
+        raise UserError(
+            f"{name} has shape {list(found)} in {folder}, and {list(expected)} by its config.json: "
+            "they do not belong together."
+        )
 
 
 def _refuse_missing(folder: Path, missing: Collection[str]) -> None:

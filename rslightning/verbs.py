@@ -66,4 +66,9 @@ def _base_folder(adapter: Adapter, override: str | None) -> ModelFolder:
     name = override or adapter.base_model
     if name is None:
         raise UserError("The adapter does not name its base model; pass --base-model.")
-    return ModelFolder(Path(find_model_folder(name)))
+    try:
+        return ModelFolder(Path(find_model_folder(name)))
+    except UserError as error:
+        if override is not None:
+            raise
+        raise UserError(f"{error} Where it moved since training, pass --base-model.") from None

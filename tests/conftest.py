@@ -57,9 +57,14 @@ def babyllama361() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_seed_is_left():
-    """Remove what `seed_everything` leaves: Lightning's processes would start from it."""
+def nothing_is_left():
+    """Remove what a test leaves in this process.
+
+    From what `seed_everything` leaves, Lightning's processes would start; and a forked process
+    waits for ever for threads of OpenMP, which it has not.
+    """
     yield
+    torch.set_num_threads(1)
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         os.environ.pop(name, None)
 

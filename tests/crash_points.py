@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 TRACEME, CONTINUE, SYSCALL, SETOPTIONS, GET_SYSCALL_INFO = 0, 7, 24, 0x4200, 0x420E
 STOPS_ARE_MARKED, DIES_WITH_TRACER = 0x1, 0x100000
 ENTRY = 1
@@ -175,6 +177,7 @@ def _act(act: Callable[[], None]) -> None:
     try:
         ptrace(TRACEME)
         os.kill(os.getpid(), signal.SIGSTOP)
+        torch.set_num_threads(1)  # those of OpenMP stayed in the process that was forked
         act()
         os._exit(0)
     except BaseException:

@@ -132,15 +132,17 @@ class TextDataModule(LightningDataModule, ABC):
         self._load("fit" if self.trainer is None else str(self.trainer.state.fn.value))
 
     def setup(self, stage: str) -> None:
-        """Open the caches; every process sees the same blocks."""
+        """Open the caches; every process sees the same blocks.
+
+        Raises:
+            UserError: If the training data is streamed and `trainer.max_steps` is not set.
+        """
+        if self.streaming and stage == "fit" and self.trainer and self.trainer.max_steps < 0:
+            raise UserError("data.streaming needs trainer.max_steps: a stream has no end.")
         self._load(stage)
 
     def train_dataloader(self) -> OrderedLoader[Batch] | StreamLoader[Batch]:
-        """Batches of packed training blocks, in an order drawn from `seed` and the pass.
-
-        Raises:
-            UserError: If the data is streamed and `trainer.max_steps` is not set.
-        """
+        """Batches of packed training blocks, in an order drawn from `seed` and the pass."""
         if self.streaming:
             return self._stream_loader()
         assert self.train is not None
@@ -217,8 +219,6 @@ class TextDataModule(LightningDataModule, ABC):
 
     def _stream_loader(self) -> StreamLoader[Batch]:
         trainer, steps = self.trainer, OptimizerSteps(self.trainer)
-        if trainer is not None and trainer.max_steps < 0:
-            raise UserError("data.streaming needs trainer.max_steps: a stream has no end.")
         self.counts["training"] = Counts()
 
         def collate(blocks: Sequence[Block], targets: Tensor) -> Batch:

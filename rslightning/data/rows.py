@@ -33,6 +33,7 @@ SPLIT_NAMES: Final = {
     "test": ("test", *VALIDATION_NAMES),
 }
 ROWS_PER_TABLE: Final = 1000
+NAMED: Final = 8  # columns, in an error
 
 TextUnit = Literal["line", "paragraph"]
 
@@ -215,9 +216,9 @@ def check_columns(columns: Sequence[str], needed: Sequence[str], path: str) -> N
     """Raise `UserError` unless all `needed` are among `columns`."""
     missing = [name for name in needed if name not in columns]
     if missing:
-        raise UserError(
-            f"{path} has no column {missing[0]!r}; its columns are {', '.join(columns)}."
-        )
+        named, more = ", ".join(columns[:NAMED]), len(columns) - NAMED
+        others = f" and {more} more" if more > 0 else ""
+        raise UserError(f"{path} has no column {missing[0]!r}; its columns are {named}{others}.")
 
 
 def _file_tables(path: Path, text_unit: str, size: int) -> Iterator[pa.Table]:

@@ -21,9 +21,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from rslightning.errors import UserError
+from rslightning.plain_yaml import read_plain_yaml
 
 AXES: Final[dict[str, tuple[str, ...]]] = {
     "model": ("model.base_model",),
@@ -127,10 +126,7 @@ def read_sweep(path: Path) -> Sweep:
         UserError: If it is not YAML, misses a key or has one that is not known, or an axis has no
             list of values.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    content = read_plain_yaml(path)
     if not isinstance(content, dict) or "grids" not in content:
         raise UserError(
             f"{path} has no key `grids`, so it is no sweep: run a recipe with `rslightning fit`."

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import yaml
 
 from rslightning.errors import UserError
 from rslightning.experiments.event_files import PATTERN, Curve, Events, read_events
+from rslightning.plain_yaml import read_plain_yaml
 
 LAST: Final = 10
 """Steps whose mean is the final training loss: one step's batch is a few percent off the others."""
@@ -193,12 +193,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} is not YAML ({reason}); write it anew or remove it.") from None
+    content = read_plain_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no mapping; write it anew or remove it.")
     return content
