@@ -136,7 +136,7 @@ class Children:
         self._launcher: Any = None
         self._thread: Thread | None = None
         self._speaker = Lock()
-        self._on_interrupt = signal.getsignal(signal.SIGINT)
+        self._ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # in the background
 
     @property
     def processes(self) -> list[Popen[Any]]:
@@ -182,7 +182,8 @@ class Children:
         status = process.wait()
         if status in STOPPED:  # rank 0 is about to end in the same way
             time.sleep(EXIT_SECONDS)
-        interrupted = signal.getsignal(signal.SIGINT) != self._on_interrupt  # Lightning kills them
+        # After an interrupt Lightning ignores more of them, and kills the others itself.
+        interrupted = signal.getsignal(signal.SIGINT) is signal.SIG_IGN and not self._ignored
         if status != 0 and not interrupted and self.kill():
             _leave(f"rank {rank} {_describe(status)}: {ADVICE}.", max(status, 1))
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 MANIFEST_FILE: Final = "manifest.json"
 BLOCK_BYTES: Final = 2**22
+DOS_FOLDER: Final = 0x10  # of a zip entry's external attributes
 
 WAY_OUT: Final = (
     f"copy or write it again, or remove its {MANIFEST_FILE} if another program changed it rightly"
@@ -68,9 +69,17 @@ def _damage_of_archive(path: Path, contents: bool) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip() if contents else None
+            folders = [entry.filename for entry in archive.infolist() if _is_folder(entry)]
     except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError):
         return "it ends too early, or its directory is damaged"
+    if damaged is None and folders:
+        return f"its entry {folders[0]} is marked as a folder"
     return None if damaged is None else f"its entry {damaged} has other bytes than were written"
+
+
+def _is_folder(entry: zipfile.ZipInfo) -> bool:
+    """Tell whether torch would take an entry for a folder, and leave its tensor as memory was."""
+    return entry.is_dir() or bool(entry.external_attr & DOS_FOLDER)
 
 
 def _crc32(path: Path) -> int:

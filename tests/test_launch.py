@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from rslightning import launch
 from rslightning.errors import UserError
 from rslightning.launch import Started, choose_devices, started_processes
 
@@ -440,6 +441,20 @@ def whole(fit) -> dict:
     assert "x 2 devices" in ended.err
     assert ended.told == []
     return read(last(fit.root / "whole"))
+
+
+def test_a_child_s_death_is_told_while_signals_are_taken(monkeypatch):
+    """As they are in training (`StopOnSignal`): Lightning, which looks later, names no rank."""
+    said = []
+    monkeypatch.setattr(launch, "_leave", lambda *arguments: said.append(arguments))
+    children = launch.Children()
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        child = subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+        children._follow(1, child)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert said == [(KILLED.removeprefix("rslightning: "), 1)]
 
 
 @pytest.mark.slow

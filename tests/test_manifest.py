@@ -65,6 +65,7 @@ def test_a_folder_of_another_program_has_nothing_wrong(tmp_path):
 @pytest.fixture
 def checkpoint(tmp_path):
     path = tmp_path / "step-1.ckpt"
+    torch.manual_seed(0)
     torch.save({"weights": torch.randn(50, 3), "text": "x" * 100}, path)
     return path
 
@@ -94,6 +95,15 @@ def test_a_changed_byte_changes_no_tensor_unseen(checkpoint):
             assert torch.equal(loaded["weights"], content["weights"]), position
             assert loaded["text"] == content["text"]
     assert found > len(whole) / 10
+
+
+def test_an_entry_that_became_a_folder(checkpoint):
+    """Then torch reads nothing, says nothing, and returns whatever the memory held before."""
+    whole = checkpoint.read_bytes()
+    name = b"step-1/data/0"
+    in_directory = whole.rindex(name) - zipfile.sizeCentralDir
+    checkpoint.write_bytes(whole[: in_directory + 38] + b"\x10" + whole[in_directory + 39 :])
+    assert find_damage(checkpoint) == f"its entry {name.decode()} is marked as a folder"
 
 
 def test_the_entry_that_is_damaged_is_named(checkpoint):

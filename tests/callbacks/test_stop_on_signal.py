@@ -33,9 +33,12 @@ class Told(Callback):
 @pytest.fixture(autouse=True)
 def same_handlers():
     """The signals mean afterwards what they meant before."""
+    # A shell that starts the tests in the background lets them ignore SIGINT.
+    at_start = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(number) for number in SIGNALS]
     yield
     assert [signal.getsignal(number) for number in SIGNALS] == before
+    signal.signal(signal.SIGINT, at_start)
 
 
 def saved(folder: Path) -> dict[str, int]:

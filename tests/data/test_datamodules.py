@@ -204,7 +204,7 @@ def test_a_missing_column_is_named(gsm8k_folder, model_folder):
 def test_a_model_without_tokenizer_is_named(orca, tmp_path):
     with pytest.raises(UserError) as caught:
         orca(tokenizer=str(tmp_path))
-    assert str(caught.value).startswith(f"{tmp_path} has no tokenizer that can be loaded: ")
+    assert str(caught.value).startswith(f"{tmp_path} holds no tokenizer: none of tokenizer.json, ")
     assert "\n" not in str(caught.value)
 
 
