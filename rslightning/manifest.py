@@ -8,6 +8,7 @@ archive, whose directory has the size and the CRC-32 of every entry.
 import json
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,10 +23,12 @@ WAY_OUT: Final = (
 
 def write_manifest(folder: Path) -> None:
     """Write `manifest.json` over all files of a folder that is complete otherwise."""
+    paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / MANIFEST_FILE]
+    with ThreadPoolExecutor() as threads:
+        checksums = list(threads.map(_crc32, paths))
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST_FILE
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32": checksum}
+        for path, checksum in zip(paths, checksums, strict=True)
     }
     text = json.dumps({"files": files}, indent=2)
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")

@@ -6,14 +6,15 @@ there before or what is new, whole.
 """
 
 import ctypes
+import json
 import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from safetensors import SafetensorError, safe_open
 
@@ -26,6 +27,28 @@ if TYPE_CHECKING:
 TENSORS_METADATA = {"format": "pt"}
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
+SYNC_FILE_RANGE_WRITE = 2
+
+CODES: Final = {
+    "uint64": "U64",
+    "int64": "I64",
+    "float64": "F64",
+    "complex64": "C64",
+    "float32": "F32",
+    "uint32": "U32",
+    "int32": "I32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "uint16": "U16",
+    "int16": "I16",
+    "float8_e8m0fnu": "F8_E8M0",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+"""Dtype of torch -> its name in safetensors' format, in the order of the tensors in a file."""
 
 
 @contextmanager
@@ -123,6 +146,85 @@ def save_tensors(tensors: "Mapping[str, Tensor]", path: Path) -> None:
         path,
         metadata=TENSORS_METADATA,
     )
+
+
+@contextmanager
+def tensor_writer(
+    path: Path, layout: "Mapping[str, Tensor]"
+) -> "Iterator[Callable[[Tensor], None]]":
+    """Yield a function that appends a tensor to a safetensors file; use within `new_folder`.
+
+    One tensor at a time is in memory, and the disk writes while the next one is computed. The file
+    is, byte for byte, that of `save_tensors`.
+
+    Args:
+        path: The file.
+        layout: Name -> a tensor of the dtype and shape that will be written (on the meta device,
+            say), in the order of `in_file_order`, in which they must come.
+
+    Raises:
+        ValueError: If another tensor comes than is expected.
+    """
+    left = iter(layout.items())
+    with path.open("wb") as file:
+        file.write(_header(layout))
+
+        def write(tensor: "Tensor") -> None:
+            name, expected = next(left)
+            if (tensor.dtype, tensor.shape) != (expected.dtype, expected.shape):
+                raise ValueError(f"{name} of {path} is {tensor.dtype} {list(tensor.shape)}")
+            start = file.tell()
+            file.write(_bytes_of(tensor))
+            file.flush()
+            _start_writing(file.fileno(), start, file.tell() - start)
+
+        yield write
+        if (missing := next(left, None)) is not None:
+            raise ValueError(f"{missing[0]} of {path} did not come")
+
+
+def in_file_order(layout: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """Sort tensors as safetensors does: the widest dtype first, so that all are aligned; by name.
+
+    Args:
+        layout: Name -> tensor.
+    """
+    order = list(CODES)
+    names = sorted(layout, key=lambda name: (order.index(_dtype_name(layout[name])), name))
+    return {name: layout[name] for name in names}
+
+
+def _header(layout: "Mapping[str, Tensor]") -> bytes:
+    """Return the beginning of a safetensors file: a length, and JSON that is padded to 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": TENSORS_METADATA}
+    end = 0
+    for name, tensor in layout.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": CODES[_dtype_name(tensor)],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _dtype_name(tensor: "Tensor") -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _bytes_of(tensor: "Tensor") -> memoryview:
+    import torch
+
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _start_writing(descriptor: int, start: int, count: int) -> None:
+    """Let the disk begin with what was written; Linux would wait until memory is short."""
+    begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if begin is not None:
+        begin(descriptor, ctypes.c_int64(start), ctypes.c_int64(count), SYNC_FILE_RANGE_WRITE)
 
 
 @contextmanager

@@ -10,11 +10,14 @@ import torch
 from rslightning import storage
 from rslightning.errors import RunError, UserError
 from rslightning.storage import (
+    CODES,
+    in_file_order,
     new_folder,
     open_tensors,
     put_in_place,
     remove,
     save_tensors,
+    tensor_writer,
     write_text,
 )
 
@@ -269,3 +272,39 @@ def test_what_is_whole_takes_the_place_of_what_was(tmp_path, before, now):
     remove(tmp_path / "name")
     remove(tmp_path / "name")
     assert names(tmp_path) == []
+
+
+EVERY_DTYPE = [getattr(torch, name) for name in CODES]
+
+
+def some_tensors():
+    torch.manual_seed(0)
+    tensors = {"scalar": torch.tensor(3.5), "none": torch.zeros(0, 4), "é": torch.ones(3)}
+    for number, dtype in enumerate(EVERY_DTYPE):
+        tensors[f"t{number}"] = torch.randint(0, 2, (3, 5 * dtype.itemsize)).byte().view(dtype)
+    tensors["turned"] = torch.randn(4, 3).T
+    return tensors
+
+
+def test_tensors_one_by_one_are_the_library_s_file(tmp_path):
+    tensors = some_tensors()
+    save_tensors(tensors, tmp_path / "whole")
+    layout = {name: torch.empty_like(t, device="meta") for name, t in tensors.items()}
+    with tensor_writer(tmp_path / "parts", order := in_file_order(layout)) as write:
+        for name in order:
+            write(tensors[name])
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_another_tensor_than_was_announced(tmp_path):
+    layout = in_file_order({"a": torch.zeros(2), "b": torch.zeros(3)})
+    with (
+        pytest.raises(ValueError, match=r"^a of .* is torch.float32 \[3\]"),
+        tensor_writer(tmp_path / "x", layout) as write,
+    ):
+        write(torch.zeros(3))
+    with (
+        pytest.raises(ValueError, match=r"^b of .* did not come$"),
+        tensor_writer(tmp_path / "x", layout) as write,
+    ):
+        write(torch.zeros(2))

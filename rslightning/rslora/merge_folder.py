@@ -22,7 +22,7 @@ from rslightning.model_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, Mode
 from rslightning.rslora.adapters import Adapter, LayerAdapter
 from rslightning.rslora.merge import LayerMerge, all_finite, dtype_name, merge_weight
 from rslightning.rslora.quantized import seen_weight
-from rslightning.storage import open_tensors, save_tensors
+from rslightning.storage import in_file_order, open_tensors, tensor_writer
 
 REPORT_FILE: Final = "merge_report.json"
 
@@ -116,28 +116,37 @@ def merge_folder(
     total_size = 0
     for file, names in base.shards.items():
         progress(file)
-        shard: dict[str, Tensor] = {}
         with open_tensors(base.path / file) as tensors:
-            for name in names:
-                weight = tensors.get_tensor(name)
-                target = dtype if dtype and weight.is_floating_point() else weight.dtype
-                path = keys.get(name)
-                seen = _as_trained(path, weight, adapter)
-                if path in adapter.layers:
-                    shard[name], report.layers[path] = _merge(
-                        path, weight, seen, adapter.layers[path], target
-                    )
-                else:
-                    shard[name] = cast_weight(name, seen, target)
-        save_tensors(shard, output / file)
+            layout = _layout(tensors, names, dtype)
+            with tensor_writer(output / file, layout) as write:
+                for name, result in layout.items():
+                    weight, path = tensors.get_tensor(name), keys.get(name)
+                    seen = _as_trained(path, weight, adapter)
+                    if path in adapter.layers:
+                        merged, report.layers[path] = _merge(
+                            path, weight, seen, adapter.layers[path], result.dtype
+                        )
+                    else:
+                        merged = cast_weight(name, seen, result.dtype)
+                    write(merged)
         weight_map |= dict.fromkeys(names, file)
-        total_size += sum(t.numel() * t.element_size() for t in shard.values())
+        total_size += sum(t.numel() * t.element_size() for t in layout.values())
     if list(base.shards) != [WEIGHTS_FILE]:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (output / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     copy_description(base, output, dtype)
     report.layers = {path: report.layers[path] for path in adapter.layers}
     return report
+
+
+def _layout(tensors: Any, names: Iterable[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return what a merged file will hold, on the meta device, in the order of the file."""
+    layout = {}
+    for name in names:
+        weight = tensors.get_tensor(name)  # mapped, not read
+        target = dtype if dtype and weight.is_floating_point() else weight.dtype
+        layout[name] = torch.empty(weight.shape, dtype=target, device="meta")
+    return in_file_order(layout)
 
 
 def match_weights(base: ModelFolder, adapter: Adapter) -> dict[str, str]:
