@@ -9,10 +9,12 @@ in float32 and rounded once.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from rslightning.rslora.adapters import Adapter, LayerAdapter
 from rslightning.rslora.merge import LayerMerge, all_finite, dtype_name, merge_weight
 from rslightning.rslora.quantized import seen_weight
 from rslightning.storage import in_file_order, open_tensors, tensor_writer
+
+T = TypeVar("T")
 
 REPORT_FILE: Final = "merge_report.json"
 
@@ -118,17 +122,15 @@ def merge_folder(
         progress(file)
         with open_tensors(base.path / file) as tensors:
             layout = _layout(tensors, names, dtype)
+            work = [
+                partial(_merged, tensors, name, keys.get(name), adapter, result.dtype)
+                for name, result in layout.items()
+            ]
             with tensor_writer(output / file, layout) as write:
-                for name, result in layout.items():
-                    weight, path = tensors.get_tensor(name), keys.get(name)
-                    seen = _as_trained(path, weight, adapter)
-                    if path in adapter.layers:
-                        merged, report.layers[path] = _merge(
-                            path, weight, seen, adapter.layers[path], result.dtype
-                        )
-                    else:
-                        merged = cast_weight(name, seen, result.dtype)
+                for name, (merged, numbers) in zip(layout, _one_ahead(work), strict=True):
                     write(merged)
+                    if numbers is not None:
+                        report.layers[keys[name]] = numbers
         weight_map |= dict.fromkeys(names, file)
         total_size += sum(t.numel() * t.element_size() for t in layout.values())
     if list(base.shards) != [WEIGHTS_FILE]:
@@ -147,6 +149,30 @@ def _layout(tensors: Any, names: Iterable[str], dtype: torch.dtype | None) -> di
         target = dtype if dtype and weight.is_floating_point() else weight.dtype
         layout[name] = torch.empty(weight.shape, dtype=target, device="meta")
     return in_file_order(layout)
+
+
+def _merged(
+    tensors: Any, name: str, path: str | None, adapter: Adapter, dtype: torch.dtype
+) -> tuple[Tensor, LayerMerge | None]:
+    """Return a tensor of a merged file, and of an adapted weight what its rounding cost."""
+    weight = tensors.get_tensor(name)
+    seen = _as_trained(path, weight, adapter)
+    if path in adapter.layers:
+        return _merge(path, weight, seen, adapter.layers[path], dtype)
+    return cast_weight(name, seen, dtype), None
+
+
+def _one_ahead(work: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """Yield what the functions return, in order; each is called while the one before is used."""
+    with ThreadPoolExecutor(1) as thread:
+        before = None
+        for function in work:
+            begun = thread.submit(function)
+            if before is not None:
+                yield before.result()
+            before = begun
+        if before is not None:
+            yield before.result()
 
 
 def match_weights(base: ModelFolder, adapter: Adapter) -> dict[str, str]:
