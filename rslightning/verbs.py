@@ -19,7 +19,7 @@ from rslightning.storage import new_folder
 
 
 def merge(arguments: argparse.Namespace) -> None:
-    """Write base plus adapter as a plain Hugging Face folder, shard by shard."""
+    """Write base plus adapter as a plain Hugging Face folder, tensor by tensor."""
     adapter = load_adapter(arguments.checkpoint)
     base = _base_folder(adapter, arguments.base_model)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
