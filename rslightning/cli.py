@@ -8,8 +8,10 @@ import argparse
 import errno
 import logging
 import os
+import re
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -78,7 +80,7 @@ FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED: Final = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 DESCRIBE: Final = ("config.yaml", "hparams.yaml")  # a run, and are written before its first step
-EVENTS: Final = "events.out.tfevents."
+EVENTS: Final = re.compile(r"events\.out\.tfevents\.(\d+)\.")  # with the second they began
 
 SUBCOMMANDS: Final = ("fit", "validate", "test", "predict")
 
@@ -112,7 +114,7 @@ class RecipeCLI(LightningCLI):
     """LightningCLI over `CausalLMModule` and any DataModule."""
 
     def __init__(self, args: Sequence[str], run: bool = True, build: bool = True) -> None:
-        self.build = build
+        self.build, self.began = build, int(time.time())
         quiet = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             CausalLMModule,
@@ -167,7 +169,7 @@ class RecipeCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except UserError:
-            _remove_unbegun(self.trainer)
+            _remove_unbegun(self.trainer, self.began)
             raise
         except torch.OutOfMemoryError as error:
             raise RunError(_describe_lack(self.config[subcommand].as_dict())) from error
@@ -229,10 +231,15 @@ class RecipeCLI(LightningCLI):
         """
 
 
-def _remove_unbegun(trainer: Trainer) -> None:
+def _remove_unbegun(trainer: Trainer, since: int) -> None:
     """Remove the folder of a run that was refused before its first step; what it held is told.
 
     Lightning's logger makes one even when the run is refused before the fit starts.
+
+    Args:
+        trainer: The run's.
+        since: Second of the clock at which the command began: older curves are another run's, in
+            a folder of a fixed name.
     """
     if trainer.global_step > 0:
         return
@@ -240,12 +247,13 @@ def _remove_unbegun(trainer: Trainer) -> None:
         folder = Path(logger.log_dir) if getattr(logger, "log_dir", None) else None
         if folder is None or not folder.is_dir():
             continue
-        names = {path.name for path in folder.iterdir()}
-        if all(name in DESCRIBE or name.startswith(EVENTS) for name in names):
+        others = {path.name for path in folder.iterdir()} - set(DESCRIBE)
+        events = [EVENTS.match(name) for name in others]
+        if events and all(found and int(found[1]) >= since for found in events):
             shutil.rmtree(folder, ignore_errors=True)
-            for parent in (folder.parent, folder.parent.parent):
+            if folder.parent != Path(logger.save_dir or folder.parent):
                 with suppress(OSError):  # it holds other runs
-                    parent.rmdir()
+                    folder.parent.rmdir()
 
 
 def _any_checkpoint(ours: list[Any], config: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
@@ -329,6 +330,28 @@ def test_a_wrong_key_in_a_file_is_one_line(recipe, text, message):
     outcome = run("fit", "--config", recipe, "--config", "wrong.yaml")
     assert outcome == (2, "", f"rslightning: {message}\n")
     assert leftovers() == set()
+
+
+def test_a_refused_run_removes_no_curves_of_another(recipe):
+    """One whose logger has a fixed version, and which saves nothing but its curves."""
+    once = ["fit", "--config", recipe, "--trainer.logger.init_args.version", "one"]
+    only_curves = ["--checkpoint", "null", "--merge_adapters", "null"]
+    assert run(*once, *only_curves).status == 0
+    before = {path: path.read_bytes() for path in Path("runs/tiny/one").iterdir()}
+    assert {path.name.partition(".out")[0] for path in before} == {
+        *("config.yaml", "events", "hparams.yaml")
+    }
+    time.sleep(1.1)  # the time in a name has whole seconds
+    said(run(*once, *only_curves, "--model.adapter.targets", "[q_prj]"))
+    for path, content in before.items():
+        assert path.read_bytes() == content
+
+
+def test_a_refused_run_leaves_the_folder_that_was_given(recipe):
+    Path("given").mkdir()
+    logger = ["--trainer.logger.init_args.save_dir", str(Path("given").absolute())]
+    said(run("fit", "--config", recipe, *logger, "--model.adapter.targets", "[q_prj]"))
+    assert list(Path("given").iterdir()) == []
 
 
 def test_a_file_that_is_no_yaml_is_one_line(recipe):

@@ -29,5 +29,8 @@ def test_no_two_places_draw_the_same():
 
 
 def test_any_seed_of_torch_will_do():
+    first = set()
     for seed in (0, torch.default_generator.seed(), 2**63, 2**64 - 1):
         begin_stream(seed, 10**9, 0, 4095)
+        first.add(torch.rand(()).item())
+    assert len(first) == 4
