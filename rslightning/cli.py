@@ -348,7 +348,9 @@ def _parse(arguments: Sequence[str], run: bool = True, build: bool = True) -> Re
         if error.errno in FULL:
             raise RunError(f"The disk took no more: {error.strerror}.") from error
         if error.errno in CLOSED and error.filename is not None:
-            raise RunError(f"Could not write {error.filename}: {error.strerror}.") from error
+            raise RunError(
+                f"Could not open or write {error.filename}: {error.strerror}."
+            ) from error
         raise
     except SystemExit as stop:  # what Lightning makes of an interrupt
         if isinstance(stop.__context__, KeyboardInterrupt):

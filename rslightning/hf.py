@@ -98,7 +98,7 @@ def _reason(error: Exception) -> str:
         return (
             "it brings code of its own; read that, and set model.trust_remote_code: true to run it."
         )
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def quantization_config(quantization: Mapping[str, Any], dtype: torch.dtype) -> BitsAndBytesConfig:
