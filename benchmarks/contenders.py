@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from rslightning import CausalLMModule
 from rslightning.batch import IGNORED, Batch
+from rslightning.hf import compile_decoder_layers
 from rslightning.rslora import AdapterSpec, scaling_factor
 from rslightning.rslora.rounding import allow_merged_orders
 
@@ -171,13 +172,14 @@ def bare_loop(work: Work, model: nn.Module, loss_of: Callable[[Batch], Tensor]) 
 
 
 @torch.no_grad()
-def our_module(work: Work) -> CausalLMModule:
+def our_module(work: Work, compiled: bool = False) -> CausalLMModule:
     """Return this package's module with the adapters."""
     module = CausalLMModule(
         work.folder,
         AdapterSpec(work.rank, ALPHA, "rslora"),
         partial(torch.optim.AdamW, lr=RATE, weight_decay=0.0),
         dtype=str(work.setting.dtype).removeprefix("torch."),
+        compile=compiled,
     )
     module.configure_model()
     for path, (lora_a, lora_b) in work.adapters.items():
@@ -187,8 +189,8 @@ def our_module(work: Work) -> CausalLMModule:
     return module
 
 
-def ours(work: Work) -> Contender:
-    module = our_module(work)
+def ours(work: Work, compiled: bool = False) -> Contender:
+    module = our_module(work, compiled)
     if work.setting.dtype.itemsize == 2:
         allow_merged_orders(module.model, work.setting.dtype)  # as a fit does now and then
 
@@ -259,8 +261,10 @@ def hugging_face_loss(model: Any, batch: Batch) -> Tensor:
     return loss
 
 
-def peft(work: Work) -> Contender:
+def peft(work: Work, compiled: bool = False) -> Contender:
     model = peft_model(work)
+    if compiled:
+        compile_decoder_layers(model.base_model.model)
     return bare_loop(work, model, partial(hugging_face_loss, model))
 
 
@@ -428,7 +432,9 @@ def litgpt_model(work: Work) -> Any:
 CONTENDERS: dict[str, Callable[[Work], Contender]] = {
     "PEFT": peft,
     "ours": ours,
+    "ours compiled": partial(ours, compiled=True),
     "ours fit": ours_fit,
+    "PEFT compiled": partial(peft, compiled=True),
     "PEFT autocast": peft_autocast,
     "HF Trainer": hugging_face_trainer,
     "TRL": trl,

@@ -10,8 +10,10 @@ relative to a bare loop around PEFT's model, as the median over the rounds. The 
 round are compared: where they differ by more than rounding there is no ratio.
 
     PEFT            get_peft_model, model(input_ids, labels).loss, backward, torch.optim.AdamW
-    PEFT autocast   the same under bfloat16 autocast
+    PEFT compiled   the same with each decoder layer under torch.compile
+    PEFT autocast   the first under bfloat16 autocast
     ours            CausalLMModule's training_step and its optimizer in a bare loop
+    ours compiled   the same with `compile: true`
     ours fit        the same module in a Lightning Trainer without logger
     HF Trainer      PEFT's model in transformers' Trainer, bfloat16 settings with `bf16`
     TRL             PEFT's model in SFTTrainer as it comes, which checkpoints activations

@@ -87,11 +87,15 @@ def _nats_and_gradients(
     chunk_rows = max(1, chunk_bytes // (nats.element_size() * len(weight)))
     for chunk in (targets != IGNORED).nonzero().squeeze(1).split(chunk_rows):
         rows, words = hidden[chunk].to(dtype), targets[chunk]
-        scores = F.log_softmax(F.linear(rows, matrix, offset), -1, dtype=nats.dtype)
-        of_words = scores.gather(1, words.unsqueeze(1)).squeeze(1)
+        logits = F.linear(rows, matrix, offset)
+        largest, of_words = logits.amax(-1), logits.gather(1, words.unsqueeze(1)).squeeze(1)
+        shares = F.softmax(logits, -1, dtype=nats.dtype)
+        del logits
+        # Exponentials are taken once: a target's share may vanish, the largest one cannot.
+        of_words = of_words.to(nats.dtype) - largest + shares.amax(-1).log()
         nats -= of_words.sum()
         if any(wanted):
-            slopes = _slopes_(scores, words, of_words)
+            slopes = _slopes_(shares, words, of_words)
             if wanted[2]:
                 by_bias += slopes.sum(0)
             slopes = slopes.to(dtype)
@@ -100,15 +104,15 @@ def _nats_and_gradients(
             if wanted[0]:
                 by_hidden[chunk] = (slopes @ matrix).to(hidden.dtype)
             del slopes
-        del scores  # before the next chunk's are made
+        del shares  # before the next chunk's are made
     return nats, by_hidden, by_weight, by_bias
 
 
-def _slopes_(scores: Tensor, words: Tensor, of_words: Tensor) -> Tensor:
-    """Turn log-softmax into softmax, less one at the targets."""
-    # Assigned, not added: that is deterministic on every device.
-    scores.exp_()[torch.arange(len(words), device=words.device), words] = of_words.expm1()
-    return scores
+def _slopes_(shares: Tensor, words: Tensor, of_words: Tensor) -> Tensor:
+    """Turn the softmax into the softmax less one at the targets, whose logarithm is `of_words`."""
+    # Assigned, not added: that is deterministic on every device, and exact where a share is near 1.
+    shares[torch.arange(len(words), device=words.device), words] = of_words.expm1()
+    return shares
 
 
 @_nats_and_gradients.register_fake

@@ -297,3 +297,18 @@ def test_whole_logits_are_never_made(monkeypatch, largest_allocation, gradient):
     chunked = run(lambda: linear_nats(hidden, weight, None, targets))
     assert largest_allocation(plain) >= whole
     assert largest_allocation(chunked) <= 2 * whole * chunk_rows / rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lead", [-304.0, -12.0, 8.0, 12.0, 304.0])
+def test_a_target_far_from_the_others_is_as_exact(lead, dtype):
+    """The target's logit is 1000 + `lead`, all others are 1000."""
+    weight, bias = torch.zeros(V, 1, dtype=dtype), torch.full((V,), 1000.0, dtype=dtype)
+    weight[0] = lead
+    hidden = torch.ones(1, 1, dtype=dtype, requires_grad=True)
+    nats = linear_nats(hidden, weight, bias, torch.tensor([0]))
+    nats.backward()
+    others = (V - 1) * math.exp(-lead)  # by the target's
+    assert nats.item() == pytest.approx(math.log1p(others), rel=1e-3, abs=1e-6)
+    slope = -lead * others / (1 + others)  # (softmax - 1) lead
+    assert hidden.grad.item() == pytest.approx(slope, rel=1e-2, abs=1e-5)
