@@ -1,10 +1,13 @@
 """What `step.py` compares: the same model, adapters and batches, trained by different packages."""
 
+import copy
 import time
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,9 +15,8 @@ from side_by_side import update_share
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from rslightning import CausalLMModule
+from rslightning import CausalLMModule, hf
 from rslightning.batch import IGNORED, Batch
-from rslightning.hf import compile_decoder_layers
 from rslightning.rslora import AdapterSpec, scaling_factor
 from rslightning.rslora.rounding import allow_merged_orders
 
@@ -25,7 +27,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class Setting(NamedTuple):
-    """A Llama with heads of width 64, and batches [rows, length]; a share of labels is masked."""
+    """A Llama, and batches [rows, length]; a share of labels is masked."""
 
     width: int
     inner: int
@@ -36,21 +38,53 @@ class Setting(NamedTuple):
     ranks: tuple[int, ...]
     masked: float = 0.0
     dtype: torch.dtype = torch.float32
+    head: int = 64
+    device: str = "cpu"
+    checkpointing: bool = False
+
+
+class Adapters(Mapping[str, tuple[Tensor, Tensor]]):
+    """Path of each adapted module -> A [rank, in] and B [out, rank], drawn when asked for."""
+
+    def __init__(self, base: nn.Module, rank: int, gamma: float) -> None:
+        self._rank, self._gamma = rank, gamma
+        self.weights = {
+            path: module.weight
+            for path, module in base.named_modules()
+            if path.endswith(tuple(TARGETS))
+        }
+
+    def __getitem__(self, path: str) -> tuple[Tensor, Tensor]:
+        weight = self.weights[path]
+        out_features, in_features = weight.shape
+        generator = torch.Generator(weight.device).manual_seed(zlib.crc32(path.encode()))
+        draw = partial(torch.randn, generator=generator, device=weight.device)
+        lora_a = draw(self._rank, in_features) * in_features**-0.5
+        lora_b = draw(out_features, self._rank)
+        return lora_a, lora_b * (UPDATE / update_share(weight, lora_a, lora_b, self._gamma))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
 
 
 class Work(NamedTuple):
     """What all contenders get.
 
     Attributes:
-        folder: The base model in Hugging Face's layout.
-        adapters: Path of each adapted module -> A [rank, in] and B [out, rank].
+        folder: The base model's folder: its `config.json`, and room for what others write.
+        base: The base model. Contenders that leave its weights as they are share them.
+        adapters: What each adapted module gets.
         batches: One per step; the first step warms up.
     """
 
     folder: str
     setting: Setting
     rank: int
-    adapters: Mapping[str, tuple[Tensor, Tensor]]
+    base: Any
+    adapters: Adapters
     batches: list[Batch]
 
     @property
@@ -60,18 +94,24 @@ class Work(NamedTuple):
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return bfloat16 autocast where the base is in bfloat16."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.setting.dtype == torch.bfloat16)
+        wanted = self.setting.dtype == torch.bfloat16
+        return torch.autocast(
+            torch.device(self.setting.device).type, torch.bfloat16, enabled=wanted
+        )
 
 
 class Run:
-    """Loss and end of each step."""
+    """Loss and end of each step, and the peak of a GPU's memory in bytes."""
 
     def __init__(self) -> None:
+        self.peak = 0
         self.losses: list[Tensor] = []
         self.ends: list[float] = []
 
     def step_ended(self, loss: Tensor | None = None) -> None:
         """Take the time."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
         if loss is not None:
             self.losses.append(loss.detach())
@@ -85,9 +125,9 @@ class Run:
 Contender = Callable[[], Run]
 
 
-def save_base(setting: Setting, folder: str) -> None:
-    """Write a Llama with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_base(setting: Setting, folder: str) -> Any:
+    """Return a Llama with random weights on its device, and write its configuration."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -95,35 +135,31 @@ def save_base(setting: Setting, folder: str) -> None:
         hidden_size=setting.width,
         intermediate_size=setting.inner,
         num_hidden_layers=setting.layers,
-        num_attention_heads=setting.width // 64,
+        num_attention_heads=setting.width // setting.head,
         max_position_embeddings=setting.length,
         use_cache=False,
     )
-    LlamaForCausalLM(config).to(setting.dtype).save_pretrained(folder)
+    config.save_pretrained(folder)
+    with torch.device(setting.device):
+        return AutoModelForCausalLM.from_config(config, dtype=setting.dtype).train()
 
 
-def load_base(work: Work) -> Any:
-    from transformers import AutoModelForCausalLM
+def load_base(work: Work, trained: bool = False) -> Any:
+    """Return the base with the weights of all others, or with its own where they are `trained`."""
+    shared = {} if trained else {id(weight): weight for weight in work.base.parameters()}
+    model = copy.deepcopy(work.base, shared)
+    if trained:  # others have frozen theirs
+        model.requires_grad_(True)
+    if work.setting.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
-    return AutoModelForCausalLM.from_pretrained(work.folder, dtype=work.setting.dtype).train()
 
-
-def prepare(setting: Setting, folder: str, rank: int, steps: int) -> Work:
-    """Draw adapters and batches for the base in `folder`."""
-    work = Work(folder, setting, rank, {}, [])
+def prepare(setting: Setting, folder: str, base: Any, rank: int, steps: int) -> Work:
+    """Draw adapters and batches."""
     torch.manual_seed(1)
-    adapters = {}
-    for path, module in load_base(work).named_modules():
-        if path.endswith(tuple(TARGETS)):
-            adapters[path] = draw_adapter(module.weight, rank, work.gamma)
-    return work._replace(adapters=adapters, batches=draw_batches(setting, steps))
-
-
-def draw_adapter(weight: Tensor, rank: int, gamma: float) -> tuple[Tensor, Tensor]:
-    out_features, in_features = weight.shape
-    lora_a = torch.empty(rank, in_features).uniform_(-(in_features**-0.5), in_features**-0.5)
-    lora_b = torch.randn(out_features, rank)
-    return lora_a, lora_b * (UPDATE / update_share(weight, lora_a, lora_b, gamma))
+    adapters = Adapters(base, rank, scaling_factor(rank, ALPHA, "rslora"))
+    return Work(folder, setting, rank, base, adapters, draw_batches(setting, steps))
 
 
 def draw_batches(setting: Setting, steps: int) -> list[Batch]:
@@ -133,7 +169,8 @@ def draw_batches(setting: Setting, steps: int) -> list[Batch]:
     labels = ids.clone()
     labels[:, : max(1, int(setting.masked * setting.length))] = IGNORED
     positions = torch.arange(setting.length).expand(shape)
-    return [Batch(ids, labels, torch.ones_like(ids), positions)] * steps
+    tensors = (ids, labels, torch.ones_like(ids), positions)
+    return [Batch(*(tensor.to(setting.device) for tensor in tensors))] * steps
 
 
 def rows_of(work: Work) -> list[dict[str, Tensor]]:
@@ -181,7 +218,8 @@ def our_module(work: Work, compiled: bool = False) -> CausalLMModule:
         dtype=str(work.setting.dtype).removeprefix("torch."),
         compile=compiled,
     )
-    module.configure_model()
+    with patch.object(hf, "load_causal_lm", return_value=load_base(work)):
+        module.configure_model()
     for path, (lora_a, lora_b) in work.adapters.items():
         layer = module.model.get_submodule(path)
         layer.lora_a.copy_(lora_a)
@@ -220,7 +258,7 @@ def ours_fit(work: Work) -> Contender:
     def fit() -> Run:
         ends = StepEnds()
         trainer = Trainer(
-            accelerator="cpu",
+            accelerator="gpu" if work.setting.device == "cuda" else "cpu",
             devices=1,
             precision="bf16-mixed" if mixed else "32-true",
             max_steps=len(work.batches),
@@ -237,7 +275,7 @@ def ours_fit(work: Work) -> Contender:
 
 
 @torch.no_grad()
-def peft_model(work: Work) -> Any:
+def peft_model(work: Work, adapters_in_float32: bool = True) -> Any:
     """Return PEFT's model with the adapters."""
     from peft import LoraConfig, get_peft_model
 
@@ -248,7 +286,8 @@ def peft_model(work: Work) -> Any:
         target_modules=TARGETS,
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(load_base(work), config)
+    base = load_base(work)
+    model = get_peft_model(base, config, autocast_adapter_dtype=adapters_in_float32)
     for path, (lora_a, lora_b) in work.adapters.items():
         layer = model.base_model.model.get_submodule(path)
         layer.lora_A["default"].weight.copy_(lora_a)
@@ -264,7 +303,7 @@ def hugging_face_loss(model: Any, batch: Batch) -> Tensor:
 def peft(work: Work, compiled: bool = False) -> Contender:
     model = peft_model(work)
     if compiled:
-        compile_decoder_layers(model.base_model.model)
+        hf.compile_decoder_layers(model.base_model.model)
     return bare_loop(work, model, partial(hugging_face_loss, model))
 
 
@@ -278,8 +317,13 @@ def peft_autocast(work: Work) -> Contender:
     return bare_loop(work, model, loss_of)
 
 
+def peft_bfloat16(work: Work) -> Contender:
+    model = peft_model(work, adapters_in_float32=False)
+    return bare_loop(work, model, partial(hugging_face_loss, model))
+
+
 def full(work: Work) -> Contender:
-    model = load_base(work)
+    model = load_base(work, trained=True)
     return bare_loop(work, model, partial(hugging_face_loss, model))
 
 
@@ -308,7 +352,7 @@ def trainer_options(work: Work) -> dict[str, Any]:
         "report_to": [],
         "save_strategy": "no",
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": work.setting.device != "cuda",
     }
 
 
@@ -399,7 +443,7 @@ def litgpt_model(work: Work) -> Any:
         vocab_size=setting.words,
         padded_vocab_size=setting.words,
         n_layer=setting.layers,
-        n_head=setting.width // 64,
+        n_head=setting.width // setting.head,
         n_embd=setting.width,
         rotary_percentage=1.0,
         parallel_residual=False,
@@ -436,6 +480,7 @@ CONTENDERS: dict[str, Callable[[Work], Contender]] = {
     "ours fit": ours_fit,
     "PEFT compiled": partial(peft, compiled=True),
     "PEFT autocast": peft_autocast,
+    "PEFT bfloat16": peft_bfloat16,
     "HF Trainer": hugging_face_trainer,
     "TRL": trl,
     "LitGPT": litgpt,
