@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -341,14 +342,16 @@ class CausalLMModule(LightningModule):
     @torch.no_grad()
     def generate(self, batch: Batch) -> Tensor:
         """Continue each prompt of a left-padded batch greedily, up to `max_new_tokens`."""
-        ids: Tensor = self.model.generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            synced_gpus=self._shares_weights,  # each process goes on until all have finished
-        )
+        # Each layer's cache would be translated anew, until the compiler gave up, in training too.
+        with torch.compiler.set_stance("force_eager") if self.compiles else nullcontext():
+            ids: Tensor = self.model.generate(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                synced_gpus=self._shares_weights,  # each process goes on until all have finished
+            )
         return ids[:, batch.input_ids.shape[1] :]
 
     def configure_optimizers(self) -> Any:

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback
 
 from rslightning import hf
+from rslightning.batch import Batch
 from rslightning.errors import UserError
 from rslightning.hf import compile_decoder_layers
 from rslightning.rslora import AdapterSpec, contraction
@@ -116,6 +117,25 @@ def test_compiled_decoder_layers_train_the_same(make_trainer, make_module, make_
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_answers_are_generated_without_the_compiler(make_module, monkeypatch):
+    quick = partial(compile_decoder_layers, backend="aot_eager")
+    monkeypatch.setattr(hf, "compile_decoder_layers", quick)
+    plain, compiled = make_module(max_new_tokens=4), make_module(compile=True, max_new_tokens=4)
+    ids = torch.tensor([[5, 6, 7]])
+    batch = Batch(ids, ids, torch.ones_like(ids))
+    answers = []
+    for module in (plain, compiled):
+        module.configure_model()
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        answers.append(module.generate(batch))
+    assert torch.equal(*answers)
+    assert not torch._dynamo.utils.counters["stats"]  # each length of a cache would be translated
+    compiled(batch)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_a_model_that_names_no_layers_is_not_compiled(make_llama):
