@@ -6,9 +6,13 @@ Lightning are imported by the verbs that need them.
 
 import argparse
 import difflib
+import io
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from rslightning import __version__
 from rslightning.errors import DEBUG, DEBUG_VARIABLE, UserError, describe_failure
@@ -20,6 +24,8 @@ TRAINER_VERBS = {
     "test": "measure the loss on test rows",
     "predict": "write answers to held-out prompts",
 }
+
+UNREAD: Final = 128 + signal.SIGPIPE
 
 EPILOG = """\
 start here:
@@ -33,8 +39,9 @@ start here:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status.
 
-    0 is success, 1 a failure while running, 2 what the user can mend, 128 + n the end by signal n.
-    With `--debug` anywhere, the traceback stands above the sentence.
+    0 is success, 1 a failure while running, 2 what the user can mend, 128 + n the end by signal n:
+    141 also where nobody reads the output any more, as after `| head`, which is told for what
+    trains alone. With `--debug` anywhere, the traceback stands above the sentence.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if DEBUG in arguments:
@@ -42,9 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ[DEBUG_VARIABLE] = "1"  # read wherever an error ends a process
     try:
         _dispatch(arguments)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _silence_unread():
+            trains = arguments[:1] and arguments[0] in TRAINER_VERBS
+            return _say("nobody reads the output any more", UNREAD) if trains else UNREAD
         return _say(*describe_failure(error))
     return 0
 
@@ -242,6 +253,24 @@ class _Parser(argparse.ArgumentParser):
             hint = f"; did you mean {close[0]!r}?" if close else f"; try {self.prog} --help."
             raise UserError(f"{wrong!r} is not known to {self.prog}{hint}")
         raise UserError(f"{message} (see {self.prog} --help).")
+
+
+def _silence_unread() -> bool:
+    """Return whether a pipe for our output has no reader; what else is written there is dropped."""
+    unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+    for stream in unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return bool(unread)
+
+
+def _is_unread(stream: io.TextIOBase) -> bool:
+    try:
+        descriptor = stream.fileno()
+    except io.UnsupportedOperation:
+        return False
+    waiting = select.poll()
+    waiting.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in waiting.poll(0))
 
 
 def _say(message: str, status: int) -> int:

@@ -291,12 +291,8 @@ def show_data(arguments: Sequence[str], count: int, ids: bool = False) -> None:
         raise UserError(f"-n is a number of blocks, got {count}.")
     data = _parse(arguments, run=False).datamodule
     data.setup("fit")
-    try:
-        for text in describe_data(data, count, choose_marks(sys.stdout, os.environ), ids):
-            print(text)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for text in describe_data(data, count, choose_marks(sys.stdout, os.environ), ids):
+        print(text)
 
 
 def show_plan(arguments: Sequence[str], memory: str | None, devices: int | None) -> None:

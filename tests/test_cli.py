@@ -179,6 +179,58 @@ def test_the_script_itself_exits_with_the_status():
     )
 
 
+def run_unread(*arguments, stderr=subprocess.PIPE) -> subprocess.CompletedProcess:
+    """Run a command as a process whose output goes into a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        command = [sys.executable, "-m", "rslightning", *map(str, arguments)]
+        stderr = writing if stderr is subprocess.STDOUT else stderr
+        return subprocess.run(command, stdout=writing, stderr=stderr, text=True, check=False)
+    finally:
+        os.close(writing)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("recipes",),
+        ("recipes", "show", "recipes/quickstart.yaml"),
+        ("sweep", "--config", "recipes/paper/figure2.yaml", "--dry-run"),
+    ],
+)
+@pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
+def test_output_that_nobody_reads_ends_a_command_quietly(tmp_path, monkeypatch, arguments, stderr):
+    monkeypatch.chdir(tmp_path)
+    ended = run_unread(*arguments, stderr=stderr)
+    assert ended.returncode == 128 + signal.SIGPIPE
+    assert not ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_that_nobody_reads_ends_quietly(recipe):
+    ended = run_unread("data", "show", "--config", recipe)
+    assert ended.returncode == 128 + signal.SIGPIPE
+    assert "BrokenPipe" not in ended.stderr
+    assert "rslightning:" not in ended.stderr
+
+
+def test_a_fit_whose_output_nobody_reads_says_that_it_ended(recipe):
+    ended = run_unread("fit", "--config", recipe, "--trainer.enable_progress_bar=true")
+    assert ended.returncode == 128 + signal.SIGPIPE
+    assert ended.stderr.endswith("\nrslightning: nobody reads the output any more\n")
+
+
+def test_a_broken_pipe_elsewhere_is_a_failure(monkeypatch):
+    def fail(arguments):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("rslightning.cli.run", fail)
+    outcome = run("fit")
+    assert outcome.status == 1
+    assert outcome.err.startswith("rslightning: BrokenPipeError: [Errno 32] Broken pipe (this is ")
+
+
 def test_an_interrupt_has_its_own_status(monkeypatch):
     def interrupt(arguments):
         raise KeyboardInterrupt
