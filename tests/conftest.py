@@ -1,5 +1,6 @@
 """Models, data and paths that several tests use."""
 
+import faulthandler
 import itertools
 import json
 import math
@@ -277,6 +278,7 @@ def fork_processes(world_size, function, nodes=1):
             os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(per_node)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": str(node)}
+            faulthandler.enable(file=2)  # where pytest shows it, unlike its own
             try:
                 torch.set_num_threads(1)
                 function(rank)

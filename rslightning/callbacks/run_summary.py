@@ -17,8 +17,9 @@ from rslightning.callbacks.merge_adapters import (
     run_folder,
 )
 from rslightning.callbacks.scalars import optimizer_step, write_scalars
+from rslightning.cost import GIB
 from rslightning.errors import UserError
-from rslightning.memory import estimate_memory
+from rslightning.memory import MemoryEstimate, estimate_memory
 from rslightning.model_shape import read_shape
 from rslightning.rslora.adapters import adapter_parameters
 from rslightning.rslora.linear import LoRALinear, adapter_layers
@@ -38,8 +39,9 @@ class RunSummary(Callback):
     """Print a few lines at the start and the end of a fit.
 
     At the start: parameters, scaling factor, tokens per optimizer step, optimizer, estimated memory
-    and the run folder. At the end: steps, tokens per second (validation time left out) and the
-    paths of what the run wrote.
+    and the run folder. On a GPU, after the second optimizer step, the first one with the
+    optimizer's state: the first process's peak of allocated memory, beside the estimate. At the
+    end: steps, tokens per second (validation time left out) and the paths of what the run wrote.
 
     Logs:
         data/<part>/<count>: what became of the rows of a part of the data (see
@@ -53,10 +55,15 @@ class RunSummary(Callback):
         self._pause_began = 0.0
         self._tokens: Tensor | int = 0
         self._targets: Tensor | int = 0
+        self._first_step = 0
+        self._estimated: int | None = None
+        self._compared = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what will be trained."""
         model = language_model(pl_module)
+        memory = _estimate(trainer, pl_module)
+        self._estimated = memory.total if isinstance(memory, MemoryEstimate) else None
         trainable = sum(_entries(p) for p in model.parameters() if p.requires_grad)
         total = sum(map(_entries, model.parameters())) + _packed_away(model)
         lines = {
@@ -65,7 +72,7 @@ class RunSummary(Callback):
             "adapters": _describe_adapters(pl_module, model),
             "step": _describe_step(trainer),
             "optimizer": ", ".join(_describe_optimizer(o) for o in trainer.optimizers),
-            "memory": _describe_memory(trainer, pl_module),
+            "memory": f"about {memory}" if self._estimated is not None else memory,
             "folder": str(run_folder(trainer)),
         }
         rank_zero_info("\n".join(f"  {name:<10} {text}" for name, text in lines.items() if text))
@@ -74,6 +81,7 @@ class RunSummary(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._started = time.perf_counter()
+        self._first_step, self._compared = trainer.global_step, False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock while the model is validated."""
@@ -91,6 +99,16 @@ class RunSummary(Callback):
         if isinstance(getattr(batch, "labels", None), Tensor):
             self._tokens = self._tokens + batch.attention_mask.sum()
             self._targets = self._targets + (batch.labels[:, 1:] >= 0).sum()
+        if trainer.global_step - self._first_step == 2 and not self._compared:
+            self._compared = True
+            self._compare_memory(trainer.strategy.root_device)
+
+    def _compare_memory(self, device: torch.device) -> None:
+        peak = _peak_memory(device)
+        if peak is None:
+            return
+        compared = f", {peak / self._estimated:.2f} of the estimate" if self._estimated else ""
+        rank_zero_info(f"  memory     {peak / GIB:.2f} GiB at most so far{compared}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the throughput."""
@@ -184,8 +202,8 @@ def _describe_optimizer(optimizer: Any) -> str:
     return f"{type(optimizer).__name__}, lr {optimizer.param_groups[0]['lr']:g}"
 
 
-def _describe_memory(trainer: Trainer, module: LightningModule) -> str | None:
-    """Return the estimate of `rslightning plan` for what is trained here."""
+def _estimate(trainer: Trainer, module: LightningModule) -> MemoryEstimate | str | None:
+    """Return what `rslightning plan` says of what is trained here, or why that is not known."""
     if not _micro_batch_tokens(trainer):
         return None
     model = language_model(module)
@@ -193,9 +211,14 @@ def _describe_memory(trainer: Trainer, module: LightningModule) -> str | None:
         return "not estimated: an allocation keeps scores of its own"
     try:
         shape = read_shape(model.config.to_dict())
-        return f"about {estimate_memory(shape, _training_step(trainer, module, model))}"
+        return estimate_memory(shape, _training_step(trainer, module, model))
     except UserError as error:
         return f"not estimated: {error}"
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes that a GPU had allocated at a time; None for other devices."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _training_step(trainer: Trainer, module: LightningModule, model: Any) -> TrainingStep:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from rslightning.callbacks import MergeAdapters, RunSummary, TrainableCheckpoint, run_summary
+from rslightning.errors import UserError
 from rslightning.rslora import AdapterSpec
 from rslightning.rslora.linear import adapter_layers
 
@@ -83,6 +84,59 @@ def test_packed_weights_are_counted_as_entries_and_as_bytes(
     others = 4 * (frozen - linear)
     scales = 4 * linear // 64  # of blocks, of 4-bit entries alone
     assert [x.frozen for x in found] == [others + linear // 2 + scales, others + linear]
+
+
+def test_what_a_gpu_took_is_told_beside_the_estimate(
+    make_trainer, make_module, make_data, said, monkeypatch
+):
+    steps, estimates, original = [], [], run_summary.estimate_memory
+
+    def estimate(*arguments):
+        estimates.append(original(*arguments).total)
+        return original(*arguments)
+
+    def peak(device):
+        steps.append(trainer.global_step)
+        return 3 * estimates[0] // 2
+
+    monkeypatch.setattr(run_summary, "estimate_memory", estimate)
+    monkeypatch.setattr(run_summary, "_peak_memory", peak)
+    trainer = make_trainer(
+        callbacks=[RunSummary()], max_steps=4, accumulate_grad_batches=2, limit_val_batches=0
+    )
+    trainer.fit(make_module(), make_data())
+    assert steps == [2]  # the optimizer's state is there in the second step
+    gib = 1.5 * estimates[0] / 2**30
+    assert said().count(f"  memory     {gib:.2f} GiB at most so far, 1.50 of the estimate") == 1
+    assert said().count("of the estimate") == 1
+
+
+def test_what_a_cpu_took_is_not_told(make_trainer, make_module, make_data, said):
+    fit(make_trainer, make_module(), make_data(), limit_val_batches=0)
+    assert "memory     about " in said()
+    assert "of the estimate" not in said()
+
+
+def test_what_a_gpu_took_is_told_without_an_estimate(
+    make_trainer, make_module, make_data, said, monkeypatch
+):
+    def refuse(*arguments):
+        raise UserError("This family is unknown.")
+
+    monkeypatch.setattr(run_summary, "estimate_memory", refuse)
+    monkeypatch.setattr(run_summary, "_peak_memory", lambda device: 3 * 2**30)
+    fit(make_trainer, make_module(), make_data(), limit_val_batches=0)
+    assert "  memory     not estimated: This family is unknown." in said()
+    assert "  memory     3.00 GiB at most so far\n" in said()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpus_peak_is_what_the_allocator_says():
+    device = torch.device("cuda", 0)
+    held = torch.zeros(1 << 20, device=device)
+    peak = run_summary._peak_memory(device)
+    assert peak >= held.nbytes
+    assert peak == torch.cuda.max_memory_allocated(device)
 
 
 def test_the_end_counts_real_tokens_and_targets(
