@@ -2,6 +2,7 @@
 
 from typing import Final, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED: Final = -100
@@ -30,3 +31,18 @@ class Batch(NamedTuple):
     attention_mask: Tensor
     position_ids: Tensor | None = None
     step_targets: Tensor | None = None
+
+    def filled_up(self, length: int) -> "Batch":
+        """Return the batch with padding on the right, its rows at least `length` long."""
+        missing = length - self.input_ids.shape[1]
+        if missing <= 0:
+            return self
+        padding = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0, "position_ids": 0}
+        found = {name: getattr(self, name) for name in padding}
+        return self._replace(
+            **{
+                name: F.pad(tensor, (0, missing), value=padding[name])
+                for name, tensor in found.items()
+                if tensor is not None
+            }
+        )

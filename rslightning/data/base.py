@@ -250,6 +250,17 @@ class TextDataModule(LightningDataModule, ABC):
             world_size=steps.processes,
         )
 
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """On a GPU, fill up the batches of a fit's first two steps to `max_length`.
+
+        No later step takes more memory: what does not fit is found out at once, and `RunSummary`
+        compares. Loss and gradients are those without, to rounding.
+        """
+        trainer = self.trainer
+        if trainer is None or not trainer.training or trainer.global_step > 1:
+            return batch
+        return batch.filled_up(self.max_length) if _is_on_gpu(batch.input_ids) else batch
+
     def teardown(self, stage: str) -> None:
         """Say what became of the rows of a stream."""
         if self.streaming and stage == "fit" and "training" in self.counts:
@@ -332,6 +343,10 @@ class TextDataModule(LightningDataModule, ABC):
     def _fill(self, blocks: Blocks) -> str:
         share = sum(blocks.sizes()) / max(1, len(blocks) * self.max_length)
         return f"; packed into {len(blocks)} blocks of {self.max_length}, {share:.1%} full"
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
 
 
 def _source(kind: type) -> str:
