@@ -12,7 +12,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, TextIO
 
 from rslightning import __version__
 from rslightning.errors import DEBUG, DEBUG_VARIABLE, UserError, describe_failure
@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_merge(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_merge(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     merge = verbs.add_parser("merge", help="base + adapter -> a plain Hugging Face model folder")
     _add_source(merge)
     merge.add_argument(
@@ -122,7 +122,7 @@ def _add_merge(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     merge.set_defaults(run=_lazily("rslightning.verbs", "merge"))
 
 
-def _add_export(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_export(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     export = verbs.add_parser("export", help="checkpoint -> a PEFT adapter folder")
     _add_source(export)
     export.add_argument(
@@ -134,7 +134,7 @@ def _add_export(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     export.set_defaults(run=_lazily("rslightning.verbs", "export"))
 
 
-def _add_convert(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_convert(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     convert = verbs.add_parser("convert", help="a folder with .bin weights -> safetensors")
     convert.add_argument(
         "--pickle",
@@ -146,7 +146,7 @@ def _add_convert(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     convert.set_defaults(run=_lazily("rslightning.verbs", "convert"))
 
 
-def _add_plan(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_plan(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     plan = verbs.add_parser("plan", help="memory and operations per rank; the highest that fits")
     plan.add_argument("--memory", metavar="SIZE", help="of one device: 80GiB (default: the GPU's)")
     plan.add_argument(
@@ -162,7 +162,7 @@ def _add_plan(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     plan.set_defaults(run=_show_plan)
 
 
-def _add_sweep(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_sweep(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     sweep = verbs.add_parser(
         "sweep",
         help="run a grid of fits, several at once; started again, it goes on",
@@ -195,7 +195,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _add_report(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_report(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     report = verbs.add_parser("report", help="figures, tables and verdicts from run folders")
     report.add_argument(
         "folders", nargs="+", metavar="RUN_FOLDER", help="sweeps, runs, or folders of them"
@@ -263,7 +263,7 @@ def _silence_unread() -> bool:
     return bool(unread)
 
 
-def _is_unread(stream: io.TextIOBase) -> bool:
+def _is_unread(stream: TextIO) -> bool:
     try:
         descriptor = stream.fileno()
     except io.UnsupportedOperation:

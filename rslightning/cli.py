@@ -244,8 +244,8 @@ def _remove_unbegun(trainer: Trainer, since: int) -> None:
     if trainer.global_step > 0:
         return
     for logger in trainer.loggers if trainer.is_global_zero else ():
-        folder = Path(logger.log_dir) if getattr(logger, "log_dir", None) else None
-        if folder is None or not folder.is_dir():
+        place = getattr(logger, "log_dir", None)
+        if not place or not (folder := Path(place)).is_dir():
             continue
         others = {path.name for path in folder.iterdir()} - set(DESCRIBE)
         events = [EVENTS.match(name) for name in others]

@@ -66,16 +66,7 @@ def load_causal_lm(
             model = _build_on_meta(folder, options)
         elif pretrained:
             description.check_weights()
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused here, by name
-                **options,
-            )
-            _refuse_mismatched(folder, info["mismatched_keys"])
-            _refuse_missing(folder, info["missing_keys"])
+            model = _load_weights(folder, options)
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             model = AutoModelForCausalLM.from_config(config, **options)
@@ -90,6 +81,21 @@ def load_causal_lm(
     _keep_one_layout(model)
     if activation_checkpointing:
         _enable_checkpointing(model)
+    return model
+
+
+def _load_weights(folder: Path, options: Mapping[str, Any]) -> PreTrainedModel:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused here, by name
+        **options,
+    )
+    model, info = loaded
+    _refuse_mismatched(folder, info["mismatched_keys"])
+    _refuse_missing(folder, info["missing_keys"])
     return model
 
 
@@ -149,7 +155,7 @@ def _keep_one_layout(model: PreTrainedModel) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _refuse_mismatched(
@@ -206,7 +212,7 @@ def compile_decoder_layers(model: PreTrainedModel, backend: str = "inductor") ->
             "to false."
         )
     for layer in layers:
-        layer.compile(backend=backend)  # type: ignore[no-untyped-call]
+        layer.compile(backend=backend)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:

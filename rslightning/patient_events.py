@@ -20,7 +20,7 @@ MOST_BYTES: Final = 2**26
 """Of one file, that wait at most; what comes then is lost, and told at the end."""
 
 
-class PatientFiles(gfile.LocalFileSystem):
+class PatientFiles(gfile.LocalFileSystem):  # type: ignore[misc]  # tensorboard has no types
     """The local file system, on which an append that fails is repeated with the next one."""
 
     def __init__(self) -> None:

@@ -217,7 +217,8 @@ def _dtype_name(tensor: "Tensor") -> str:
 def _bytes_of(tensor: "Tensor") -> memoryview:
     import torch
 
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def _start_writing(descriptor: int, start: int, count: int) -> None:

@@ -38,7 +38,7 @@ class BeforeAfter(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the untrained model."""
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "held_out_rows") or not hasattr(pl_module, "nats"):
             raise UserError("before_after needs a CausalLMModule and one of rslightning.data.")
         if self.example >= len(data.held_out_rows):

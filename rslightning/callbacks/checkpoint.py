@@ -99,7 +99,7 @@ class TrainableCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save between two optimizer steps only: gradients of a begun one are in no checkpoint."""
-        if trainer.fit_loop._should_accumulate() or trainer.fast_dev_run:
+        if trainer.fit_loop._should_accumulate() or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._step_is_over(trainer)
         if trainer.global_step % self.every_n_steps == 0:
@@ -108,7 +108,7 @@ class TrainableCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the final state, whatever the interval; a dry run leaves nothing."""
-        if not trainer.fast_dev_run:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.save(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

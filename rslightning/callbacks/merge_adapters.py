@@ -69,7 +69,7 @@ class MergeAdapters(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out now, not after days of training, whether the results can be written."""
-        if stage != "fit" or trainer.fast_dev_run:
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         for name, mark in ((ADAPTER_FOLDER, "adapter_config.json"), (MERGED_FOLDER, "config.json")):
             folder = run_folder(trainer) / name
@@ -100,7 +100,7 @@ class MergeAdapters(Callback):
         Where a strategy has shared the weights out, the other processes help to gather them, one
         matrix after another, and to compute the logits.
         """
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = run_folder(trainer)  # asks all processes
         model = language_model(pl_module)

@@ -168,7 +168,7 @@ def _describe_adapters(module: LightningModule, model: torch.nn.Module) -> str:
     layers = [layer for _, layer in adapter_layers(model)]
     if not layers:
         return "none (full fine-tuning)"
-    method, rank = layers[0].adapter.scaling, _range(layers, "rank")
+    method, rank = str(layers[0].adapter.scaling), _range(layers, "rank")
     allocation = getattr(getattr(module, "adapter", None), "allocation", None)
     if allocation is not None:
         method, rank = f"adalora ({method})", f"{rank} -> {allocation.target_rank} on average"

@@ -13,14 +13,17 @@ from rslightning.callbacks.throughput import TokenThroughputMonitor
 from rslightning.rslora import scaling_factor
 from rslightning.rslora.linear import adapter_layers
 
-LOSS: Final = {"loss": ("train/loss", "val/loss"), "perplexity": ("train/perplexity",)}
-GRADIENTS: Final = {
+LOSS: Final[dict[str, tuple[str, ...]]] = {
+    "loss": ("train/loss", "val/loss"),
+    "perplexity": ("train/perplexity",),
+}
+GRADIENTS: Final[dict[str, tuple[str, ...]]] = {
     "average parameter gradient norm": ("grad_norm/mean",),
     "total": ("grad_norm/total",),
     "over A's": ("grad_norm/a",),
     "over B's": ("grad_norm/b",),
 }
-MOMENTS: Final = {
+MOMENTS: Final[dict[str, tuple[str, ...]]] = {
     f"{title}, {order} moment": (f"{group}/{order}_moment",)
     for group, title in (
         ("activation", "post-adapter output"),
@@ -29,7 +32,7 @@ MOMENTS: Final = {
     )
     for order in ("first", "second")
 }
-THROUGHPUT: Final = {
+THROUGHPUT: Final[dict[str, tuple[str, ...]]] = {
     "tokens per second": ("perf/tokens_per_second", "perf/target_tokens_per_second"),
     "memory, GiB": ("perf/memory_gib",),
     "share of time waiting for data": ("perf/data_wait_share",),

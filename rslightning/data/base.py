@@ -68,7 +68,7 @@ class TextDataModule(LightningDataModule, ABC):
             example has a target, or `streaming` meets an option that it cannot follow.
     """
 
-    columns: ClassVar[tuple[str, ...]]
+    columns: tuple[str, ...]
     optional_columns: ClassVar[tuple[str, ...]] = ()
     subset: ClassVar[str | None] = None
     templated: ClassVar[bool] = False
@@ -129,7 +129,8 @@ class TextDataModule(LightningDataModule, ABC):
 
     def prepare_data(self) -> None:
         """Build the caches on one process, so that the others find them."""
-        self._load("fit" if self.trainer is None else str(self.trainer.state.fn.value))
+        verb = self.trainer.state.fn if self.trainer is not None else None
+        self._load("fit" if verb is None else verb.value)
 
     def setup(self, stage: str) -> None:
         """Open the caches; every process sees the same blocks.

@@ -52,7 +52,7 @@ class Blocks(Sequence[Block]):
     def __len__(self) -> int:
         return self._table.num_rows
 
-    def __getitem__(self, index: Any) -> Block:
+    def __getitem__(self, index: Any) -> Block:  # type: ignore[override]  # no slices
         row = self._table.slice(range(len(self))[index], 1)  # out of range: IndexError
         columns = (row[name].chunk(0).flatten().to_numpy() for name in Block._fields)
         return Block(*columns)

@@ -40,14 +40,14 @@ class Point(NamedTuple):
     @property
     def row(self) -> tuple[Any, ...]:
         """Its line of a CSV file."""
-        return (*self.cell, self.loss.count, self.loss.mean, self.loss.error)
+        return (*self.cell, self.loss.seeds, self.loss.mean, self.loss.error)
 
 
 def points(study: Study, kind: str) -> list[Point]:
     """Return the final losses of all cells that have one, in the order of the cells."""
     found = [(cell, final_losses(study, cell, kind)) for cell in study.cells]
     own = [Point(cell, estimate(seeds.values()), seeds) for cell, seeds in found]
-    return [point for point in own if point.loss.count and not math.isnan(point.loss.mean)]
+    return [point for point in own if point.loss.seeds and not math.isnan(point.loss.mean)]
 
 
 def best_points(found: Iterable[Point]) -> list[Point]:

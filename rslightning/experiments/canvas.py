@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from rslightning.experiments.groups import Cell, Study
 
 INK: Final = "#22272e"
-SETTINGS: Final = {
+SETTINGS: Final[dict[Any, Any]] = {
     "svg.hashsalt": "rslightning",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -114,8 +114,8 @@ def legend_beside(figure: Figure, panels: Sequence[Any]) -> None:
             found.setdefault(label, handle)
     if found:
         columns = 1 + len(found) // ROWS
-        place = "outside right center"
-        figure.legend(found.values(), found.keys(), loc=place, ncols=columns, handlelength=3.2)
+        place: Any = "outside right center"
+        figure.legend(list(found.values()), list(found), loc=place, ncols=columns, handlelength=3.2)
 
 
 def height_for(entries: int) -> float:

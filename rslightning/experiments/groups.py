@@ -104,7 +104,8 @@ def find_studies(folders: Sequence[str]) -> list[Study]:
 
 def _studies_in(path: Path) -> Iterator[Study]:
     """Yield the studies of each sweep below `path`, then those of the runs outside of sweeps."""
-    sweeps, runs = [], []
+    sweeps: list[Path] = []
+    runs: list[Path] = []
     for folder in _walk(path):
         (sweeps if (folder / "sweep.yaml").is_file() else runs).append(folder)
     for sweep in sweeps:

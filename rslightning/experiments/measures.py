@@ -60,16 +60,16 @@ class Estimate(NamedTuple):
     Attributes:
         mean: Infinite if a run broke, NaN if runs on both sides of a difference did.
         error: Standard error; NaN with one seed.
-        count: Number of seeds.
+        seeds: Number of seeds.
     """
 
     mean: float
     error: float
-    count: int
+    seeds: int
 
     def __str__(self) -> str:
         if not math.isfinite(self.mean):
-            return "unstable" if self.count else "nothing"
+            return "unstable" if self.seeds else "nothing"
         error = f" ± {self.error:.4f}" if math.isfinite(self.error) else ""
         return f"{self.mean:.4f}{error}"
 
@@ -124,16 +124,16 @@ def difference(left: Mapping[int, float], right: Mapping[int, float]) -> Estimat
     if both := sorted(set(left) & set(right)):
         return estimate(left[seed] - right[seed] for seed in both)
     one, two = estimate(left.values()), estimate(right.values())
-    if not one.count or not two.count:
+    if not one.seeds or not two.seeds:
         return Estimate(math.nan, math.nan, 0)
     return Estimate(
-        one.mean - two.mean, math.hypot(one.error, two.error), min(one.count, two.count)
+        one.mean - two.mean, math.hypot(one.error, two.error), min(one.seeds, two.seeds)
     )
 
 
 def counts(found: Estimate, learned: float) -> bool:
     """Tell whether a difference is more than noise; see the module's docstring."""
-    if not found.count or math.isnan(found.mean):
+    if not found.seeds or math.isnan(found.mean):
         return False
     if math.isfinite(found.error):
         return abs(found.mean) > ERRORS * found.error

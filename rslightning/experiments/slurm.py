@@ -81,7 +81,9 @@ class SlurmLauncher:
         if self._attach is None or not path.exists():
             return {}
         numbers = json.loads(path.read_text(encoding="utf-8"))
-        jobs = {n: self._attach(self._folder, id_) for n, id_ in numbers.items() if n in names}
+        jobs: dict[str, Any] = {
+            n: self._attach(self._folder, id_) for n, id_ in numbers.items() if n in names
+        }
         return {name: job for name, job in jobs.items() if not job.done()}
 
 

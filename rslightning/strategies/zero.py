@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO as Lightning runs it, with what goes wrong there put right."""
 
-from collections.abc import Container, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Container, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,9 +94,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         return self.zero_stage_3
 
     @override
-    def model_sharded_context(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def model_sharded_context(self) -> Generator[None, None, None]:
         """Build modules as ever: `distribute` shares them out afterwards."""
-        return nullcontext()
+        yield
 
     def distribute(self, model: nn.Module, units: Sequence[nn.Module]) -> None:
         """Share out a model that the first process has, and the others on `meta`.
@@ -131,9 +132,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         return False
 
     @override
-    def block_backward_sync(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
         """Do nothing: the engine knows that no step follows."""
-        return nullcontext()
+        yield
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

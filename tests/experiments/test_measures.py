@@ -32,7 +32,7 @@ def test_an_estimate_is_mean_and_standard_error():
     assert estimate([1.0, math.inf]).mean == math.inf
     assert estimate([1.0, -math.inf]).mean == -math.inf
     assert math.isnan(estimate([math.inf, -math.inf]).mean)
-    assert estimate([]).count == 0
+    assert estimate([]).seeds == 0
 
 
 def test_differences_are_paired_by_seed_where_the_seeds_are_the_same():
