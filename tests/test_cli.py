@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rslightning import CausalLMModule, __version__, cli
+from rslightning import CausalLMModule, __version__, recipe_cli
 from rslightning.__main__ import main
 from rslightning.cli import known_keys
 from rslightning.cli_errors import explain
@@ -541,13 +541,13 @@ def fitted(whole_run, tmp_path, monkeypatch):
 
 def test_a_fit_stays_in_the_working_folder(recipe, tmp_path, monkeypatch):
     # A thread writes TensorBoard's files, by relative paths, while the fit goes on.
-    visited, start, change = [], cli.SaveRunConfig.on_fit_start, os.chdir
+    visited, start, change = [], recipe_cli.SaveRunConfig.on_fit_start, os.chdir
 
     def watched(*arguments):
         monkeypatch.setattr(os, "chdir", lambda path: (visited.append(path), change(path)))
         start(*arguments)
 
-    monkeypatch.setattr(cli.SaveRunConfig, "on_fit_start", watched)
+    monkeypatch.setattr(recipe_cli.SaveRunConfig, "on_fit_start", watched)
     assert run("fit", "--config", recipe, "--trainer.max_steps", "1").status == 0
     assert visited == []
 

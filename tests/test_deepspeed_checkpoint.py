@@ -13,7 +13,7 @@ import torch
 from jsonargparse import Namespace
 from torch import nn
 
-from rslightning import cli
+from rslightning import recipe_cli
 from rslightning.__main__ import main
 from rslightning.checkpoint import MATRICES, load_adapter
 from rslightning.deepspeed_checkpoint import is_deepspeed_folder, read_deepspeed_folder
@@ -437,18 +437,18 @@ def options(checkpoint):
 
 def test_the_rank_of_a_checkpoint(written):
     given = options(written(Case(3)) / "step-4.ckpt")
-    cli.resolve_rank(given, is_run=True)
+    recipe_cli.resolve_rank(given, is_run=True)
     assert given.model.adapter.rank == 3
 
 
 def test_the_rank_of_a_checkpoint_that_is_none(copied, tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError) as caught:
-        cli.resolve_rank(options(tmp_path / "run"), is_run=True)
+        recipe_cli.resolve_rank(options(tmp_path / "run"), is_run=True)
     assert str(caught.value) == (
         f"{tmp_path / 'run'} is a folder, but no checkpoint of DeepSpeed or of FSDP2."
     )
     folder = copied(Case(3))
     changed(folder / "checkpoint" / STATES[3], lambda content: content.pop("hyper_parameters"))
     with pytest.raises(UserError, match=r"^rank: auto takes the rank of the checkpoint, and "):
-        cli.resolve_rank(options(folder), is_run=True)
+        recipe_cli.resolve_rank(options(folder), is_run=True)
