@@ -1,7 +1,6 @@
 """Models, data and paths that several tests use."""
 
 import faulthandler
-import itertools
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from filelock import FileLock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -230,8 +230,19 @@ def make_trainer(tmp_path):
     return partial(quiet_trainer, tmp_path)
 
 
-# Below those that the system gives to any connection, and other ones for each process of tests.
-PORTS = itertools.count(20_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
+def own_ports():
+    """Yield port numbers that no other process of tests takes, whatever checkout it runs in.
+
+    Two groups of processes that meet at one port join each other's, and abort in a collective.
+    They are below those that the system gives to any connection.
+    """
+    for first in range(20_000, 32_000, 500):
+        lock = FileLock(Path(tempfile.gettempdir(), f"rslightning-tests-{first}.lock"), timeout=0)
+        with suppress(OSError), lock:  # until this process ends; `Timeout` is one
+            yield from range(first, first + 500)
+
+
+PORTS = own_ports()
 
 
 def free_port() -> int:
