@@ -11,23 +11,26 @@ from typing import Any, Final, NamedTuple
 GIB: Final = 2**30
 
 CHUNK_BYTES: Final = 2**28
-"""Bytes of the float32 logits that a loss makes at a time: 2,048 positions of 32,768 words.
+"""Bytes of the logits, as if in float32, that a loss makes at a time: 2,048 rows of 32,768 words.
 
 Chunks of fewer than about 256 positions take longer, most of all where the head is trained.
 """
 
-CPU_CHUNK_BYTES: Final = 2**24
-"""The same on a CPU, where a chunk that a cache holds, and malloc keeps, costs no page faults."""
+CPU_CHUNK_ROWS: Final = 512
+"""Positions of such a chunk on a CPU at most: reading the head once more is cheap for so many."""
 
-CPU_CHUNK_ROWS: Final = 128
-"""Positions for which it is worth reading a large head once more."""
+CPU_PART_BYTES: Final = 2**22
+"""Bytes of the float32 softmax that a CPU takes of a chunk at a time: what its caches hold."""
 
 
-def loss_chunk_bytes(vocabulary: int, on_cpu: bool, trains_head: bool) -> int:
-    """Return the bytes of the float32 logits that a loss makes at a time."""
-    if not on_cpu or trains_head:
-        return CHUNK_BYTES
-    return min(CHUNK_BYTES, max(CPU_CHUNK_BYTES, CPU_CHUNK_ROWS * vocabulary * 4))
+def loss_rows(vocabulary: int, on_cpu: bool, trains_head: bool) -> tuple[int, int]:
+    """Return for how many positions a loss makes logits at a time, and for how many the softmax."""
+    rows = max(1, CHUNK_BYTES // (4 * vocabulary))
+    if not on_cpu:
+        return rows, rows
+    if not trains_head:
+        rows = min(rows, CPU_CHUNK_ROWS)
+    return rows, min(rows, max(1, CPU_PART_BYTES // (4 * vocabulary)))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ With h the head's input, W and b its weight and bias, and y the token that follo
 
 The logits are the largest tensor of a training step (16,384 tokens of a vocabulary of 128,000 are
 8 GB in float32), so `linear_nats` makes them for a chunk of target positions at a time, and takes
-the gradients while a chunk is there: nothing of size [B T, V] exists, nor is it computed twice.
+the gradients while a chunk is there: nothing of size [B T, V] exists, nor is it computed twice. A
+CPU takes the softmax of a part of the chunk at a time, which its caches hold, and s takes the place
+of the logits.
 """
 
 from typing import Any
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rslightning.batch import IGNORED
-from rslightning.cost import loss_chunk_bytes
+from rslightning.cost import loss_rows
 
 
 def token_nats(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,8 +65,8 @@ def linear_nats(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden, weight, bias)
     ]
-    chunk_bytes = loss_chunk_bytes(len(weight), device == "cpu", wanted[1])
-    nats: Tensor = _nats_and_gradients(hidden, weight, bias, targets, dtype, chunk_bytes, wanted)[0]
+    at_once = loss_rows(len(weight), device == "cpu", wanted[1])
+    nats: Tensor = _nats_and_gradients(hidden, weight, bias, targets, dtype, at_once, wanted)[0]
     return nats
 
 
@@ -77,35 +79,44 @@ def _nats_and_gradients(
     bias: Tensor | None,
     targets: Tensor,
     dtype: torch.dtype,
-    chunk_bytes: int,
+    at_once: list[int],
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the nats and their gradients by hidden, weight and bias, empty where not wanted."""
-    results = _empty_results(hidden, weight, bias, targets, dtype, chunk_bytes, wanted)
+    results = _empty_results(hidden, weight, bias, targets, dtype, at_once, wanted)
     nats, by_hidden, by_weight, by_bias = (tensor.zero_() for tensor in results)
     matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
-    chunk_rows = max(1, chunk_bytes // (nats.element_size() * len(weight)))
-    for chunk in (targets != IGNORED).nonzero().squeeze(1).split(chunk_rows):
+    positions = (targets != IGNORED).nonzero().squeeze(1)
+    chunk_rows, part_rows = at_once
+    room = hidden.new_empty(min(chunk_rows, len(positions)), len(weight), dtype=dtype)
+    for chunk in positions.split(chunk_rows):
         rows, words = hidden[chunk].to(dtype), targets[chunk]
-        logits = F.linear(rows, matrix, offset)
-        largest, of_words = logits.amax(-1), logits.gather(1, words.unsqueeze(1)).squeeze(1)
-        shares = F.softmax(logits, -1, dtype=nats.dtype)
-        del logits
-        # Exponentials are taken once: a target's share may vanish, the largest one cannot.
-        of_words = of_words.to(nats.dtype) - largest + shares.amax(-1).log()
-        nats -= of_words.sum()
-        if any(wanted):
-            slopes = _slopes_(shares, words, of_words)
-            if wanted[2]:
-                by_bias += slopes.sum(0)
-            slopes = slopes.to(dtype)
-            if wanted[1]:
-                by_weight += slopes.T @ rows
-            if wanted[0]:
-                by_hidden[chunk] = (slopes @ matrix).to(hidden.dtype)
-            del slopes
-        del shares  # before the next chunk's are made
+        logits = _linear(rows, matrix, offset, room[: len(chunk)])
+        for part, some in zip(logits.split(part_rows), words.split(part_rows), strict=True):
+            largest, of_words = part.amax(-1), part.gather(1, some.unsqueeze(1)).squeeze(1)
+            shares = F.softmax(part, -1, dtype=nats.dtype)
+            # Exponentials are taken once: a target's share may vanish, the largest one cannot.
+            of_words = of_words.to(nats.dtype) - largest + shares.amax(-1).log()
+            nats -= of_words.sum()
+            if any(wanted):
+                slopes = _slopes_(shares, some, of_words)
+                part.copy_(slopes)
+                if wanted[2]:
+                    by_bias += slopes.sum(0)
+                del slopes
+            del shares  # before the next part's are made
+        if wanted[1]:
+            by_weight += logits.T @ rows
+        if wanted[0]:
+            by_hidden[chunk] = (logits @ matrix).to(hidden.dtype)
     return nats, by_hidden, by_weight, by_bias
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Return `F.linear(rows, weight, bias)`, written into `out`."""
+    if bias is None:
+        return torch.mm(rows, weight.T, out=out)
+    return torch.addmm(bias, rows, weight.T, out=out)
 
 
 def _slopes_(shares: Tensor, words: Tensor, of_words: Tensor) -> Tensor:
@@ -122,7 +133,7 @@ def _empty_results(
     bias: Tensor | None,
     targets: Tensor,
     dtype: torch.dtype,
-    chunk_bytes: int,
+    at_once: list[int],
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(dtype, torch.float32)

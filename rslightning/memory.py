@@ -30,7 +30,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
 
-from rslightning.cost import GIB, kept_entries, loss_chunk_bytes
+from rslightning.cost import GIB, kept_entries, loss_rows
 from rslightning.model_shape import Block, ModelShape
 from rslightning.training_step import WIDE, TrainingStep
 
@@ -232,12 +232,15 @@ def _loss_bytes(shape: ModelShape, step: TrainingStep) -> int:
     gradients = step.tokens * shape.hidden * step.base_bytes
     if shape.whole_logits:
         return logits * 3 + gradients
-    copies = 2.0 if step.compute_bytes == WIDE else 1.5 + step.on_cpu  # which widens them aside
     trains_head = step.ranks is None
     if trains_head:
         gradients += shape.head.entries * WIDE
-    chunk = loss_chunk_bytes(shape.vocabulary, step.on_cpu, trains_head)
-    return round(min(logits, chunk) * copies) + gradients
+    rows, part = loss_rows(shape.vocabulary, step.on_cpu, trains_head)
+    copies = 1 + (step.on_cpu and step.compute_bytes < WIDE)  # a CPU widens logits aside
+    entry_bytes = step.compute_bytes * min(rows, step.tokens) + WIDE * copies * min(
+        part, step.tokens
+    )
+    return shape.vocabulary * entry_bytes + gradients
 
 
 def _step_bytes(step: TrainingStep, entries: int) -> int:

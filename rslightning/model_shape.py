@@ -131,6 +131,7 @@ class Family(NamedTuple):
         mixture: Whether layers are mixtures of experts.
         expert_width: Key of an expert's inner width.
         kept_scores: See `ModelShape`.
+        capped: Whether logits are capped where the configuration does not say.
     """
 
     head_width: int = 0
@@ -141,6 +142,7 @@ class Family(NamedTuple):
     mixture: bool = False
     expert_width: str = "intermediate_size"
     kept_scores: int = 0
+    capped: bool = False
 
 
 GATED: Final[dict[str, Family]] = {
@@ -149,7 +151,7 @@ GATED: Final[dict[str, Family]] = {
     "qwen2": Family(query_bias=True),
     "qwen3": Family(head_width=128, head_norms=True),
     "gemma": Family(head_width=256, tied=True),
-    "gemma2": Family(head_width=256, norms=4, tied=True, kept_scores=2),
+    "gemma2": Family(head_width=256, norms=4, tied=True, kept_scores=2, capped=True),
     "gemma3_text": Family(head_width=256, norms=4, head_norms=True, tied=True),
     "mixtral": Family(mixture=True),
     "qwen3_moe": Family(head_norms=True, mixture=True, expert_width="moe_intermediate_size"),
@@ -204,7 +206,7 @@ def _read_gated(config: Config) -> ModelShape:
         key_width=(config.get("num_key_value_heads") or heads) * width,
         head_norms=family.head_norms,
         kept_scores=family.kept_scores,
-        whole_logits=bool(config.get("final_logit_softcapping")),
+        whole_logits=bool(config.get("final_logit_softcapping", family.capped)),
     )
 
 

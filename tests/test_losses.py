@@ -116,11 +116,17 @@ def fused(tensors, targets):
     return nats.detach(), torch.autograd.grad(nats, [x for x in tensors if x is not None])
 
 
-@pytest.fixture(params=[1, 3, 8, 100], ids=lambda rows: f"{rows} rows")
+@pytest.fixture(
+    params=[(1, 1), (3, 2), (8, 3), (8, 8), (100, 5), (100, 100)],
+    ids=lambda rows: "{} rows, {} at a time".format(*rows),
+)
 def chunk(request, monkeypatch):
-    """Let a chunk of float32 logits have this many rows."""
-    monkeypatch.setattr(cost, "CHUNK_BYTES", request.param * V * 4 + 3)
-    return request.param
+    """Let a chunk of logits and its softmax, a part of it at a time, have so many rows."""
+    chunk_rows, part_rows = request.param
+    monkeypatch.setattr(cost, "CHUNK_BYTES", chunk_rows * V * 4 + 3)
+    monkeypatch.setattr(cost, "CPU_PART_BYTES", part_rows * V * 4 + 3)
+    assert cost.loss_rows(V, on_cpu=True, trains_head=True) == request.param
+    assert cost.loss_rows(V, on_cpu=False, trains_head=False) == (chunk_rows, chunk_rows)
 
 
 @pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
@@ -142,6 +148,14 @@ def test_fused_gradients_are_numerical_ones(monkeypatch, bias):
     chosen = [x for x in tensors if x is not None]
     rest = [None] * (3 - len(chosen))
     assert torch.autograd.gradcheck(lambda *x: 0.7 * linear_nats(*x, *rest, targets), chosen)
+
+
+def test_a_chunk_on_a_cpu_reads_the_head_for_512_rows():
+    assert cost.loss_rows(16_000, on_cpu=True, trains_head=False) == (512, 65)
+    assert cost.loss_rows(256_000, on_cpu=True, trains_head=False) == (262, 4)
+    assert cost.loss_rows(2**22, on_cpu=True, trains_head=False) == (16, 1)
+    assert cost.loss_rows(16_000, on_cpu=True, trains_head=True) == (4194, 65)
+    assert cost.loss_rows(16_000, on_cpu=False, trains_head=False) == (4194, 4194)
 
 
 def test_positions_that_are_no_target_have_a_gradient_of_zero():

@@ -353,6 +353,7 @@ def test_the_peak_of_other_families(family, tmp_path):
 @pytest.mark.parametrize("rank", [8, None])
 def test_the_peak_where_logits_come_in_chunks(rank, mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "CHUNK_BYTES", 2**22)
+    monkeypatch.setattr(cost, "CPU_PART_BYTES", 2**20)
     case = BENCHMARK.Case("chunks", rank, 64, 2, words=6000, mixed=mixed)
     predicted, measured = peaks(case, tmp_path)
     assert 640 * 6000 * 4 > 3 * 2**22
