@@ -206,6 +206,8 @@ def choose_rank(config: Config) -> tuple[int, str]:
     """
     plan = read_plan(config)
     total = None if uses_cpu(config) else device_memory()
+    if total is None:
+        plan = replace(plan, step=replace(plan.step, on_cpu=True))
     where = "of the GPU's memory"
     if total is None and (processes := plan.step.sharding.processes) > 1:
         # Not the free memory: each process looks for itself, and all must find the same.

@@ -220,6 +220,18 @@ def test_auto_on_the_cpu_shares_the_memory_with_the_other_processes(folder, monk
     assert "90% of this machine's memory, by all processes" in reason
 
 
+def test_auto_without_a_gpu_is_estimated_for_the_cpu(folder, monkeypatch):
+    options = {"rank": "auto", "activation_checkpointing": False, "dropout": 0.1}
+    recipe, on_cpu = (settings(folder, accelerator=name, **options) for name in ("auto", "cpu"))
+    elsewhere, here = (read_plan(each).memory(32) for each in (recipe, on_cpu))
+    assert here.total != elsewhere.total
+    monkeypatch.setattr(plan, "device_memory", lambda: None)
+    monkeypatch.setattr(plan, "available_memory", lambda: here.total * 10 // 9 + 9)
+    rank, reason = choose_rank(recipe)
+    assert rank == 32
+    assert f"memory is estimated at {here}." in reason
+
+
 def test_auto_where_nothing_fits(folder, monkeypatch):
     monkeypatch.setattr(plan, "device_memory", lambda: 10 * GIB)
     with pytest.raises(UserError, match=r"^rank: auto finds none that fits: rank 4 is estimated"):
