@@ -93,10 +93,7 @@ def _nats_and_gradients(
         rows, words = hidden[chunk].to(dtype), targets[chunk]
         logits = _linear(rows, matrix, offset, room[: len(chunk)])
         for part, some in zip(logits.split(part_rows), words.split(part_rows), strict=True):
-            largest, of_words = part.amax(-1), part.gather(1, some.unsqueeze(1)).squeeze(1)
-            shares = F.softmax(part, -1, dtype=nats.dtype)
-            # Exponentials are taken once: a target's share may vanish, the largest one cannot.
-            of_words = of_words.to(nats.dtype) - largest + shares.amax(-1).log()
+            shares, of_words = _shares(part, some, nats.dtype)
             nats -= of_words.sum()
             if any(wanted):
                 slopes = _slopes_(shares, some, of_words)
@@ -117,6 +114,14 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> T
     if bias is None:
         return torch.mm(rows, weight.T, out=out)
     return torch.addmm(bias, rows, weight.T, out=out)
+
+
+def _shares(logits: Tensor, words: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the softmax of logits [N, V], and its logarithm at a word of each row."""
+    largest, of_words = logits.amax(-1), logits.gather(1, words.unsqueeze(1)).squeeze(1)
+    shares = F.softmax(logits, -1, dtype=dtype)
+    # Exponentials are taken once: a target's share may vanish, the largest one cannot.
+    return shares, of_words.to(dtype) - largest + shares.amax(-1).log()
 
 
 def _slopes_(shares: Tensor, words: Tensor, of_words: Tensor) -> Tensor:

@@ -235,11 +235,10 @@ def _loss_bytes(shape: ModelShape, step: TrainingStep) -> int:
     trains_head = step.ranks is None
     if trains_head:
         gradients += shape.head.entries * WIDE
-    rows, part = loss_rows(shape.vocabulary, step.on_cpu, trains_head)
+    at_once = loss_rows(shape.vocabulary, step.on_cpu, trains_head)
+    rows, part = (min(step.tokens, count) for count in at_once)
     copies = 1 + (step.on_cpu and step.compute_bytes < WIDE)  # a CPU widens logits aside
-    entry_bytes = step.compute_bytes * min(rows, step.tokens) + WIDE * copies * min(
-        part, step.tokens
-    )
+    entry_bytes = step.compute_bytes * rows + WIDE * copies * part
     return shape.vocabulary * entry_bytes + gradients
 
 
