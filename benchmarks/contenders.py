@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from side_by_side import update_share
+from side_by_side import finish, update_share
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -110,8 +110,7 @@ class Run:
 
     def step_ended(self, loss: Tensor | None = None) -> None:
         """Take the time."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        finish()
         self.ends.append(time.perf_counter())
         if loss is not None:
             self.losses.append(loss.detach())
@@ -287,7 +286,8 @@ def peft_model(work: Work, adapters_in_float32: bool = True) -> Any:
         task_type="CAUSAL_LM",
     )
     base = load_base(work)
-    model = get_peft_model(base, config, autocast_adapter_dtype=adapters_in_float32)
+    with torch.device(work.setting.device):  # else A would be drawn on the CPU
+        model = get_peft_model(base, config, autocast_adapter_dtype=adapters_in_float32)
     for path, (lora_a, lora_b) in work.adapters.items():
         layer = model.base_model.model.get_submodule(path)
         layer.lora_A["default"].weight.copy_(lora_a)
@@ -404,8 +404,11 @@ def trl(work: Work) -> Contender:
     words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
     rows = [{name: each.tolist() for name, each in row.items()} for row in rows_of(work)]
+    # As it comes it checkpoints, which is asked for or not on a GPU.
+    on_gpu = work.setting.device == "cuda"
+    checkpointing = {"gradient_checkpointing": work.setting.checkpointing} if on_gpu else {}
     skip = {"skip_prepare_dataset": True}  # the rows are words and labels already
-    options = SFTConfig(**trainer_options(work), dataset_kwargs=skip)
+    options = SFTConfig(**trainer_options(work), dataset_kwargs=skip, **checkpointing)
     trainer = SFTTrainer(
         peft_model(work),
         options,

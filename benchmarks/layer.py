@@ -3,6 +3,7 @@
     pip install peft litgpt torchtune torchao
     python benchmarks/layer.py [--dtype bfloat16] [--grid] [--contenders ours PEFT] [--repeats 5]
     python benchmarks/layer.py --orders [--dtype bfloat16] [--grid]
+    python benchmarks/layer.py --device cuda --dtype bfloat16 --shape 16384 4096 4096 [--orders]
 
 All have the same weights, input x and output gradient dy, and compute y and the gradients of x, A
 and B. Before anything is timed these are compared with a dense float64 computation. Time is given
@@ -73,9 +74,10 @@ class Contender(NamedTuple):
     autocast: bool = False
 
 
-def draw(shape: Shape, dtype: torch.dtype) -> Problem:
+def draw(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
     """Draw a layer with an adapter that is in the middle of its training."""
     torch.manual_seed(0)
+    torch.set_default_device(device)
     tokens, n, m, rank = shape
     gamma = scaling_factor(rank, ALPHA, "rslora")
     weight = torch.randn(m, n).mul_(0.02)
@@ -184,7 +186,7 @@ def build(problem: Problem, wanted: list[str] | None) -> dict[str, Contender]:
 def results(contender: Contender, problem: Problem) -> list[Tensor]:
     """Return y and the gradients of x and of what the contender trains."""
     x = problem.x.detach().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=contender.autocast):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=contender.autocast):
         y = contender.layer(x)
     return [y.detach(), *torch.autograd.grad(y, [x, *contender.trained], problem.dy)]
 
@@ -210,10 +212,9 @@ def check(contenders: dict[str, Contender], problem: Problem) -> None:
 
 
 def compare(
-    shape: Shape, dtype: torch.dtype, repeats: int, wanted: list[str] | None = None
+    shape: Shape, problem: Problem, repeats: int, wanted: list[str] | None = None
 ) -> dict[str, Any]:
     """Return the time of the frozen layer, and each contender's relative to it."""
-    problem = draw(shape, dtype)
     contenders = build(problem, wanted)
     check(contenders, problem)
     contenders = {"frozen": Contender(base_layer(problem), ())} | contenders
@@ -241,9 +242,8 @@ def order_name(order: Order) -> str:
     return "/".join(pair[choice] for pair, choice in zip(words, order, strict=True))
 
 
-def compare_orders(shape: Shape, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+def compare_orders(shape: Shape, problem: Problem, repeats: int) -> dict[str, Any]:
     """Return the time of each order relative to the frozen layer, and the one that is chosen."""
-    problem = draw(shape, dtype)
     a, b = (each.float().requires_grad_() for each in (problem.lora_a, problem.lora_b))
 
     def layer(x: Tensor, order: Order) -> Tensor:
@@ -319,6 +319,7 @@ def summarize(rows: list[dict[str, Any]]) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--grid", action="store_true", help="all shapes instead of one")
     parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("T", "IN", "OUT"))
     parser.add_argument("--ranks", type=int, nargs="+")
@@ -333,13 +334,14 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    where = machine(*PACKAGES)
+    where = machine(*PACKAGES, device=options.device)
     print(f"{where}\n{options.dtype}, {options.repeats} rounds, time relative to the frozen layer")
     run, show = (compare_orders, report_order) if options.orders else (compare, report)
     run = run if options.orders else partial(compare, wanted=options.contenders)
     rows: list[dict[str, Any]] = []
     for shape in sizes(options):
-        rows.append(run(shape, getattr(torch, options.dtype), options.repeats))
+        problem = draw(shape, getattr(torch, options.dtype), options.device)
+        rows.append(run(shape, problem, options.repeats))
         show(rows[-1], first=len(rows) == 1)
     summarize(rows)
     write_json(options.json, {"machine": where, "dtype": options.dtype, "rows": rows})

@@ -36,15 +36,24 @@ def time_in_turn(
         start = time.perf_counter()
         for _ in range(calls[name]):
             runs[name]()
+        finish()
         times[name].append((time.perf_counter() - start) / calls[name])
     return times
 
 
 def _calls_within(run: Callable[[], object], seconds: float) -> int:
     run()
+    finish()
     start = time.perf_counter()
     run()
+    finish()
     return max(1, round(seconds / (time.perf_counter() - start) + 0.5))
+
+
+def finish() -> None:
+    """Wait for what a GPU still has to do."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def ratio(times: Mapping[str, Sequence[float]], name: str, reference: str) -> float:
@@ -60,12 +69,12 @@ def update_share(weight: Tensor, lora_a: Tensor, lora_b: Tensor, gamma: float) -
     return float(gamma * squared.sqrt() / weight.double().norm())
 
 
-def machine(*packages: str) -> str:
-    """Return the processor, its threads, and the versions of Python, torch and `packages`."""
+def machine(*packages: str, device: str = "cpu") -> str:
+    """Return processor or GPU, its threads, and the versions of Python, torch and `packages`."""
     listed = ", ".join(f"{name} {version(name)}" for name in ("torch", *packages))
+    name = _processor() if device == "cpu" else torch.cuda.get_device_name()
     return (
-        f"{_processor()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
-        f"{listed}"
+        f"{name}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {listed}"
     )
 
 

@@ -298,7 +298,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     be_quiet()
     setting = SETTINGS[options.setting]._replace(checkpointing=options.checkpointing)
-    where = machine(*PACKAGES)
+    where = machine(*PACKAGES, device=setting.device)
     print(f"{where}\nsetting {options.setting}: {setting}")
     rows: list[dict[str, Any]] = []
     names = list(names_for(setting, options.contenders))
@@ -313,7 +313,7 @@ def main() -> None:
                 found = compare(work, names, options.rounds)
                 report(found)
             rows += found
-    write_json(options.json, {"machine": where, "setting": options.setting, "rows": rows})
+            write_json(options.json, {"machine": where, "setting": options.setting, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import final
 
+from rslightning.callbacks.back_on_device import back_on_device
 from rslightning.errors import UserError
 
 
@@ -50,8 +52,10 @@ class BeforeAfter(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look again and print both."""
-        before, after = self._before, self._look(trainer, pl_module)
+        before = self._before
         assert before is not None
+        with back_on_device(trainer, pl_module):
+            after = self._look(trainer, pl_module)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         prompt, reference = data.held_out_rows[self.example]
         rank_zero_info(
@@ -71,12 +75,10 @@ class BeforeAfter(Callback):
         with trainer.precision_plugin.forward_context():
             sums = torch.zeros(2, dtype=torch.float64, device=module.device)  # nats, targets
             for batch in data.val_dataloader():  # each process has its share
-                batch = trainer.strategy.batch_to_device(batch, module.device)
+                batch = move_data_to_device(batch, module.device)
                 sums += torch.stack([value.double() for value in module.nats(batch)])
             nats, targets = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-            prompt = trainer.strategy.batch_to_device(
-                data.prompt_batch([self.example]), module.device
-            )
+            prompt = move_data_to_device(data.prompt_batch([self.example]), module.device)
             answer = data.tokenizer.decode(module.generate(prompt)[0], skip_special_tokens=True)
         for child, mode in modes.items():
             child.training = mode

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import final
 
+from rslightning.callbacks.back_on_device import back_on_device
 from rslightning.errors import UserError
 from rslightning.memory import available_memory
 from rslightning.model_folder import ModelFolder, find_model_folder, is_hub_name
@@ -102,10 +103,15 @@ class MergeAdapters(Callback):
         """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        with back_on_device(trainer, pl_module):
+            self._write_folders(trainer, pl_module)
+        trainer.strategy.barrier("rslightning.merge_adapters")
+
+    def _write_folders(self, trainer: Trainer, module: LightningModule) -> None:
         folder = run_folder(trainer)  # asks all processes
-        model = language_model(pl_module)
+        model = language_model(module)
         name, base = self._find_base(model)
-        adapter = trained_adapter(pl_module, model, name, whole_tensor)
+        adapter = trained_adapter(module, model, name, whole_tensor)
         logits = None if adapter is None else self._sample_logits(trainer, model)
         state = _cast_state(model, self.dtype) if adapter is None else {}
         if trainer.is_global_zero:
@@ -114,7 +120,6 @@ class MergeAdapters(Callback):
             else:
                 with trainer.precision_plugin.forward_context():
                     self._write(model, adapter, base, folder, logits)
-        trainer.strategy.barrier("rslightning.merge_adapters")
 
     def _write(
         self, model: Any, adapter: Adapter, base: ModelFolder, folder: Path, logits: Tensor | None
@@ -167,7 +172,8 @@ class MergeAdapters(Callback):
         """Compare with the logits of the folder, loaded as anybody would load it.
 
         A model whose weights are shared out may be too large for this process's device; it is
-        loaded into the host's memory then, or not at all where half of that is too little.
+        loaded into the host's memory then, or not at all where half of that is too little. Nor is
+        one that does not fit beside the model in training.
         """
         assert self._sample is not None
         device = logits.device
@@ -177,8 +183,11 @@ class MergeAdapters(Callback):
             if size > available_memory() / 2:
                 return None
         options = {"dtype": "auto", "attn_implementation": model.config._attn_implementation}
-        reloaded = type(model).from_pretrained(merged, **options).to(device)
-        after = reloaded(input_ids=self._sample.to(device), use_cache=False).logits.float()
+        try:
+            reloaded = type(model).from_pretrained(merged, **options).to(device)
+            after = reloaded(input_ids=self._sample.to(device), use_cache=False).logits.float()
+        except torch.OutOfMemoryError:
+            return None
         return float((logits.to(device) - after).abs().max())
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -236,7 +237,7 @@ def _first_rows(trainer: Trainer, module: LightningModule, max_rows: int) -> Any
     """
     data: Any = copy.copy(trainer.datamodule)  # type: ignore[attr-defined]
     data.counts, data.num_workers = dict(getattr(data, "counts", {})), 0
-    batch = trainer.strategy.batch_to_device(next(iter(data.train_dataloader())), module.device)
+    batch = move_data_to_device(next(iter(data.train_dataloader())), module.device)
     rows = {
         name: None if tensor is None else tensor[:max_rows]
         for name, tensor in batch._asdict().items()

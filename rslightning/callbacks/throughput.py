@@ -19,6 +19,12 @@ from rslightning.rslora.linear import LoRALinear, is_linear, linear_features
 
 TERA: Final = 10**12
 
+H200: Final = {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 67e12}
+"""Operations per second of an H200 (NVIDIA's data sheet, dense), as torch names it.
+
+Lightning 2.6 has numbers with sparsity, and finds them only where the name says SXM or NVL.
+"""
+
 
 @final
 class TokenThroughputMonitor(Callback):
@@ -47,7 +53,7 @@ class TokenThroughputMonitor(Callback):
         every_n_steps: Optimizer steps between two readings; the steps 0, n, 2n, ... are read, but
             for the fit's first one.
         peak_tflops: What one device could do at best in this precision, in TFLOP/s; null asks
-            Lightning's table, which knows NVIDIA's chips and TPUs.
+            Lightning's table, which knows NVIDIA's chips and TPUs, and a number of our own.
 
     Logs:
         perf/tokens_per_second: tokens of all processes, padding left out, every `every_n_steps`,
@@ -303,10 +309,16 @@ def _peak_flops(trainer: Trainer, peak_tflops: float | None) -> float | None:
     device = trainer.strategy.root_device
     with trainer.precision_plugin.forward_context():
         if torch.is_autocast_enabled(device.type):
-            return get_available_flops(device, torch.get_autocast_dtype(device.type))
+            return _available_flops(device, torch.get_autocast_dtype(device.type))
     matrices = (p for p in trainer.lightning_module.parameters() if p.ndim > 1)
     dtypes = (matrix.dtype for matrix in matrices if matrix.is_floating_point())
-    return get_available_flops(device, next(dtypes, torch.float32))
+    return _available_flops(device, next(dtypes, torch.float32))
+
+
+def _available_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    if device.type == "cuda" and torch.cuda.get_device_name(device) == "NVIDIA H200":
+        return H200.get(dtype)
+    return get_available_flops(device, dtype)
 
 
 def _share(trainer: Trainer) -> float:

@@ -37,6 +37,8 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch._C._functorch import is_legacy_batchedtensor
 
 from rslightning.cost import ORDERS, USUAL_ORDER, LayerShape, Order, cheapest_order, kept_entries
 
@@ -83,7 +85,7 @@ def adapted_linear(
         RuntimeError: When a second derivative is taken.
     """
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = _knows_autocast(x) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     if addend is not None:
@@ -151,7 +153,7 @@ class _AdaptedLinear(Function):  # type: ignore[misc]
                 merged = _multiply(b, a, gamma, weight)
                 return _linear(x, merged, addend), merged
             down = x @ a.T
-            return _multiply(down, b.T, gamma, _linear(x, weight, addend)), down
+            return _add(_linear(x, weight, addend), down, b.T, gamma, weight is not None), down
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -196,7 +198,7 @@ def _gradients(
         dx = dy @ merged
     elif needed[0]:
         up = _multiply_thin(dy, b)
-        dx = _multiply(up, a, gamma, None if weight is None else dy @ weight)
+        dx = _multiply(up, a, gamma) if weight is None else _add(dy @ weight, up, a, gamma, True)
     if order.full_gradient and (needed[3] or needed[4]):
         full = _multiply_transposed(dy, x)
         da = _multiply_transposed(b, full, gamma) if needed[3] else None
@@ -211,9 +213,12 @@ def _gradients(
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    device = x.device.type  # "meta" knows no autocast
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if _knows_autocast(x) else nullcontext()
+
+
+def _knows_autocast(x: Tensor) -> bool:
+    """Tell whether a device has autocast; torch's own answer breaks the graph in torch 2.11."""
+    return x.device.type != "meta"
 
 
 def _cast(matrix: Any, dtype: torch.dtype) -> Any:
@@ -235,6 +240,20 @@ def _multiply(left: Tensor, right: Tensor, factor: float, addend: Tensor | None 
         # Zeros, and not what memory happens to hold: under vmap 0 times NaN is added.
         return torch.addmm(left.new_zeros(1), left, right, beta=0, alpha=factor)
     return torch.addmm(addend, left, right, alpha=factor)
+
+
+def _add(addend: Any, left: Tensor, right: Tensor, factor: float, in_place: bool) -> Any:
+    """Return `addend + factor left right`, where it may be in the place of the addend.
+
+    That saves a copy of it. Under vmap, that of batched gradients too, the sum may need more room.
+    """
+    if in_place and not (torch.compiler.is_compiling() or _is_batched(addend)):
+        return torch.addmm(addend, left, right, alpha=factor, out=addend)
+    return _multiply(left, right, factor, addend)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    return _are_functorch_transforms_active() or is_legacy_batchedtensor(tensor)
 
 
 def _multiply_transposed(left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:

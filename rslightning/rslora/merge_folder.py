@@ -214,7 +214,8 @@ def _merge(
     path: str, stored: Tensor, weight: Tensor, layer: LayerAdapter, dtype: torch.dtype
 ) -> tuple[Tensor, LayerMerge]:
     turned = _is_turned(path, tuple(weight.shape), layer)
-    parts = (weight, layer.lora_a, layer.lora_b, layer.numbers.gamma, dtype)
+    a, b = (matrix.to(weight.device) for matrix in (layer.lora_a, layer.lora_b))
+    parts = (weight, a, b, layer.numbers.gamma, dtype)
     try:
         merged, numbers = merge_weight(*parts, transposed=turned)
     except RunError as error:

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback
 
 from rslightning.batch import IGNORED, Batch
+from rslightning.callbacks import BeforeAfter
 
 
 class Shapes(Callback):
@@ -48,6 +49,21 @@ def test_the_first_steps_on_a_gpu_are_as_long_as_any(
     assert filled.losses == pytest.approx(plain.losses, rel=1e-5)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-7)
+
+
+def test_what_looks_at_the_model_before_the_first_step_sees_no_padding(
+    make_module, make_data, make_trainer, monkeypatch
+):
+    lengths = []
+    monkeypatch.setattr("rslightning.data.base._is_on_gpu", lambda tensor: True)
+    original = Batch.filled_up
+    monkeypatch.setattr(
+        Batch, "filled_up", lambda batch, n: lengths.append(n) or original(batch, n)
+    )
+    data = make_data()
+    trainer = make_trainer(callbacks=[BeforeAfter()], max_steps=1, limit_val_batches=1)
+    trainer.fit(make_module(), data)
+    assert lengths == [data.max_length]  # of the one step
 
 
 def test_padding_is_no_target_and_seen_by_nobody():
