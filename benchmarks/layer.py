@@ -77,20 +77,20 @@ class Contender(NamedTuple):
 def draw(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
     """Draw a layer with an adapter that is in the middle of its training."""
     torch.manual_seed(0)
-    torch.set_default_device(device)
     tokens, n, m, rank = shape
     gamma = scaling_factor(rank, ALPHA, "rslora")
-    weight = torch.randn(m, n).mul_(0.02)
-    lora_a = torch.empty(rank, n).uniform_(-(n**-0.5), n**-0.5)
-    lora_b = torch.randn(m, rank)
+    randn = partial(torch.randn, device=device)
+    weight = randn(m, n).mul_(0.02)
+    lora_a = torch.empty(rank, n, device=device).uniform_(-(n**-0.5), n**-0.5)
+    lora_b = randn(m, rank)
     lora_b *= UPDATE / update_share(weight, lora_a, lora_b, gamma)
-    tensors = (torch.randn(tokens, n), torch.randn(tokens, m), weight, lora_a, lora_b)
+    tensors = (randn(tokens, n), randn(tokens, m), weight, lora_a, lora_b)
     return Problem(*(tensor.to(dtype) for tensor in tensors), gamma)
 
 
 def base_layer(problem: Problem) -> nn.Linear:
     out_features, in_features = problem.weight.shape
-    layer = nn.Linear(in_features, out_features, bias=False, dtype=problem.weight.dtype)
+    layer = nn.Linear(in_features, out_features, bias=False, device="meta")
     layer.weight = nn.Parameter(problem.weight, requires_grad=False)
     return layer
 
