@@ -271,7 +271,7 @@ class CausalLMModule(LightningModule):
         self._measured_step = step
         dtype = AUTOCAST_DTYPES.get(str(self.trainer.precision), self.model.dtype)
         if dtype.itemsize == 2:
-            allow_merged_orders(self.model, dtype)
+            allow_merged_orders(self.model, dtype, together=self.compiles)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the micro-batch's part of the mean nats per target token of the step."""

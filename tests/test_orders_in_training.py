@@ -10,7 +10,7 @@ from rslightning import hf
 from rslightning.batch import Batch
 from rslightning.errors import UserError
 from rslightning.hf import compile_decoder_layers
-from rslightning.rslora import AdapterSpec, contraction
+from rslightning.rslora import AdapterSpec, contraction, rounding
 from rslightning.rslora.linear import adapter_layers
 
 FAST = partial(torch.optim.AdamW, lr=3e-2)
@@ -48,6 +48,11 @@ def fit(make_trainer, module, data, steps, ckpt_path=None, precision="bf16-mixed
     return watch
 
 
+def build(module):
+    module.configure_model()
+    return module.model
+
+
 def lost(layer):
     """Return the share of the update that rounding W' to bfloat16 loses, in float64."""
     update = layer.gamma * layer.lora_b.double() @ layer.lora_a.double()
@@ -70,6 +75,23 @@ def test_layers_do_not_merge_while_their_update_is_small(make_trainer, make_modu
     assert fit(make_trainer, module, make_data(), 4).merging == [set()] * 4
     with torch.no_grad():
         assert min(lost(layer) for _, layer in adapter_layers(module.model)) > 0.25
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_compiled_merges_as_a_whole(
+    make_trainer, make_module, make_data, monkeypatch, compiled
+):
+    monkeypatch.setattr(hf, "compile_decoder_layers", lambda model: None)
+    module = make_module(optimizer=FAST, dtype="bfloat16", compile=compiled)
+    late, *others = (path for path, _ in adapter_layers(build(module)))
+    measured = rounding.lost_in_rounding
+
+    def more_in_one(layer, dtype):
+        return measured(layer, dtype) + (layer is module.model.get_submodule(late))
+
+    monkeypatch.setattr(rounding, "lost_in_rounding", more_in_one)
+    watch = fit(make_trainer, module, make_data(), 3)
+    assert watch.merging[2] == (set() if compiled else set(others))
 
 
 def test_in_32_bit_nothing_is_measured(make_trainer, make_module, make_data):

@@ -8,6 +8,7 @@ training, and for ever where gamma_r is tiny. So the loss is measured, and as lo
 W' is not made.
 """
 
+import math
 from typing import Any, Final
 
 import torch
@@ -22,7 +23,7 @@ SAMPLED_ROWS: Final = 64
 
 
 @torch.no_grad()
-def allow_merged_orders(model: nn.Module, dtype: torch.dtype) -> None:
+def allow_merged_orders(model: nn.Module, dtype: torch.dtype, together: bool = False) -> None:
     """Set `merges_in_16_bit` of every adapted layer from what rounding W' to `dtype` would lose.
 
     Reads `SAMPLED_ROWS` rows of each layer, and waits once for the device.
@@ -31,6 +32,8 @@ def allow_merged_orders(model: nn.Module, dtype: torch.dtype) -> None:
         model: A model with adapters; of a sharded one each process measures its part, and the mean
             counts.
         dtype: The 16-bit dtype of the products.
+        together: Whether no layer may as long as one may not: `torch.compile` translates a decoder
+            layer anew for each combination, and gives up after eight.
     """
     layers = [layer for _, layer in adapter_layers(model) if layer.has_whole_weight()]
     if not layers:
@@ -39,7 +42,10 @@ def allow_merged_orders(model: nn.Module, dtype: torch.dtype) -> None:
     if any(hasattr(layer.weight, "to_local") for layer in layers):  # all shall choose alike
         distributed.all_reduce(lost)
         lost /= distributed.get_world_size()
-    for layer, share in zip(layers, lost.tolist(), strict=True):
+    shares = lost.tolist()
+    if together and not all(share <= MOST_LOST for share in shares):
+        shares = [math.inf] * len(shares)
+    for layer, share in zip(layers, shares, strict=True):
         layer.merges_in_16_bit = share <= MOST_LOST
 
 
