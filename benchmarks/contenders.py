@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from rslightning import CausalLMModule, hf
 from rslightning.batch import IGNORED, Batch
-from rslightning.rslora import AdapterSpec, scaling_factor
+from rslightning.rslora import AdapterSpec, LoRALinear, scaling_factor
 from rslightning.rslora.rounding import allow_merged_orders
 
 ALPHA = 16.0
@@ -217,7 +217,8 @@ def our_module(work: Work, compiled: bool = False) -> CausalLMModule:
         dtype=str(work.setting.dtype).removeprefix("torch."),
         compile=compiled,
     )
-    with patch.object(hf, "load_causal_lm", return_value=load_base(work)):
+    base = patch.object(hf, "load_causal_lm", return_value=load_base(work))
+    with base, patch.object(LoRALinear, "reset_adapter"):  # nothing is read, and nothing drawn
         module.configure_model()
     for path, (lora_a, lora_b) in work.adapters.items():
         layer = module.model.get_submodule(path)
@@ -307,8 +308,10 @@ def peft(work: Work, compiled: bool = False) -> Contender:
     return bare_loop(work, model, partial(hugging_face_loss, model))
 
 
-def peft_autocast(work: Work) -> Contender:
+def peft_autocast(work: Work, compiled: bool = False) -> Contender:
     model = peft_model(work)
+    if compiled:
+        hf.compile_decoder_layers(model.base_model.model)
 
     def loss_of(batch: Batch) -> Tensor:
         with work.autocast():
@@ -483,6 +486,7 @@ CONTENDERS: dict[str, Callable[[Work], Contender]] = {
     "ours fit": ours_fit,
     "PEFT compiled": partial(peft, compiled=True),
     "PEFT autocast": peft_autocast,
+    "PEFT autocast compiled": partial(peft_autocast, compiled=True),
     "PEFT bfloat16": peft_bfloat16,
     "HF Trainer": hugging_face_trainer,
     "TRL": trl,
