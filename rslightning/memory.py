@@ -53,7 +53,8 @@ class MemoryEstimate:
         trained: Trained weights: the adapters', or all of them.
         gradients: Gradients of the trained weights.
         optimizer: State of the optimizer.
-        activations: What the backward pass needs of the forward pass.
+        activations: What the backward pass needs of the forward pass, beyond the room in which it
+            then puts gradients.
         work: The largest of what the loss works on (logits of some positions), what the backward
             pass of one layer does, with the layer itself where it was recomputed, and what the
             optimizer's step takes beyond what is over by then: the activations, the exchange.
@@ -89,8 +90,8 @@ class MemoryEstimate:
 def estimate_memory(shape: ModelShape, step: TrainingStep) -> MemoryEstimate:
     """Estimate the peak of the bytes that a training process holds, once it has made a step.
 
-    Lightning drops the gradients of a step only after the next forward pass, so that gradients,
-    the optimizer's state and the activations are there together.
+    The backward pass makes gradients while it uses up activations, so that they need room for the
+    larger of the two only, but where gradients of before are kept, and under DeepSpeed.
 
     Args:
         shape: Sizes of the model.
@@ -107,6 +108,9 @@ def estimate_memory(shape: ModelShape, step: TrainingStep) -> MemoryEstimate:
         entry_bytes = step.compute_bytes
     gradients = sharding.share(entries * entry_bytes, sharding.gradients)
     activations = _activation_bytes(shape, step)
+    if not (step.keeps_gradients or sharding.masters):
+        late = gradients - _first_gradients(shape, step)
+        activations = max(activations - late, 0)
     exchange = _exchange_bytes(shape, step, entries * entry_bytes)
     frozen = 0 if step.ranks is None else _base_bytes(shape, step)
     weights = {
@@ -128,6 +132,13 @@ def estimate_memory(shape: ModelShape, step: TrainingStep) -> MemoryEstimate:
         exchange=exchange,
         host=host,
     )
+
+
+def _first_gradients(shape: ModelShape, step: TrainingStep) -> int:
+    """Return the gradients that there are while all activations are: those of a head, if any."""
+    if step.ranks is not None:
+        return 0
+    return step.sharding.share(shape.head.entries * step.base_bytes, step.sharding.gradients)
 
 
 def _trained_matrices(shape: ModelShape, step: TrainingStep) -> Iterator[tuple[int, int]]:

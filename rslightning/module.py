@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics.aggregation import MeanMetric
@@ -90,6 +91,9 @@ class CausalLMModule(LightningModule):
             way that is not supported, or ranks shall be allocated in a run without end or in one
             whose strategy shares out gradients.
     """
+
+    drops_gradients: Final = True
+    """Whether a step's gradients are gone before the next forward pass; `memory` counts on it."""
 
     model: Any  # a transformers.PreTrainedModel, once configure_model has run
 
@@ -299,13 +303,18 @@ class CausalLMModule(LightningModule):
         optimizer: Any,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Make the step, and allocate ranks by the gradients that it used: unscaled, clipped."""
+        """Make the step, and allocate ranks by the gradients that it used: unscaled, clipped.
+
+        Then drop them: Lightning would do so only after the next forward pass, whose activations
+        would need room beside them. DeepSpeed drops its own.
+        """
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self._allocator is None or self._was_skipped():
-            return
-        budget = self._allocator.update(self.trainer.global_step + 1)
-        self.log("allocation/budget", float(budget))
-        self.log("allocation/kept_ranks", self._allocator.kept_ranks().float())
+        if self._allocator is not None and not self._was_skipped():
+            budget = self._allocator.update(self.trainer.global_step + 1)
+            self.log("allocation/budget", float(budget))
+            self.log("allocation/kept_ranks", self._allocator.kept_ranks().float())
+        if not isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            optimizer.zero_grad()
 
     def _was_skipped(self) -> bool:
         """Tell whether float16's scaler has left out the step that was just due."""

@@ -135,6 +135,7 @@ def _read_step(config: Config, devices: int | None) -> TrainingStep:
         compute_bytes=compute_bytes,
         optimizer=read_optimizer(optimizer["class_path"], optimizer.get("init_args") or {}),
         activation_checkpointing=model["activation_checkpointing"],
+        keeps_gradients=trainer["accumulate_grad_batches"] > 1,
         dropout=bool(model["adapter"] and model["adapter"]["dropout"]),
         eager_attention=model["attention"] == "eager",
         sharding=_read_strategy(trainer, devices or _devices(config)),

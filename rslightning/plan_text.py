@@ -143,7 +143,7 @@ def _smaller(plan: Plan, budget: float) -> dict[str, Plan]:
     if rank := max((r for r in lower if plan.memory(r).total <= budget), default=None):
         found[f"--model.adapter.rank {rank}"] = replace(plan, rank=rank)
     for rows in _halves(step.rows):
-        other = replace(plan, step=replace(step, rows=rows))
+        other = replace(plan, step=replace(step, rows=rows, keeps_gradients=True))
         if step.rows % rows == 0 and _peak(other) <= budget:
             micro_batches = plan.accumulation * step.rows // rows
             option = f"--data.batch_size {rows} --trainer.accumulate_grad_batches {micro_batches}"
@@ -172,7 +172,7 @@ def _switches(plan: Plan) -> dict[str, Plan]:
         switches["--model.activation_checkpointing true"] = {"activation_checkpointing": True}
     if step.rows > 1:
         batch = "--data.batch_size 1 --trainer.accumulate_grad_batches "
-        switches[f"{batch}{plan.accumulation * step.rows}"] = {"rows": 1}
+        switches[f"{batch}{plan.accumulation * step.rows}"] = {"rows": 1, "keeps_gradients": True}
     if step.base_bytes == 4:
         option = "--model.dtype bfloat16 --trainer.precision bf16-mixed"
         switches[option] = {"base_bytes": 2, "compute_bytes": 2}

@@ -126,6 +126,8 @@ class TrainingStep:
         compute_bytes: Bytes of an entry of an activation.
         optimizer: What trains.
         activation_checkpointing: Whether layers are recomputed in the backward pass.
+        keeps_gradients: Whether there are gradients while the forward pass runs: those of the
+            micro-batches before, or of the step before.
         dropout: Whether adapters drop entries of their input.
         eager_attention: Whether the attention keeps the scores [T, T].
         sharding: Who keeps what.
@@ -141,6 +143,7 @@ class TrainingStep:
     compute_bytes: int = 2
     optimizer: Optimizer = field(default_factory=Optimizer)
     activation_checkpointing: bool = False
+    keeps_gradients: bool = False
     dropout: bool = False
     eager_attention: bool = False
     sharding: Sharding = field(default_factory=Sharding)

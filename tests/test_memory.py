@@ -50,6 +50,7 @@ def step_of(model, width=4, **changes):
         ranks=ranks or None,
         base_bytes=model.dtype.itemsize,
         compute_bytes=width,
+        keeps_gradients=True,
         on_cpu=True,
     )
     return replace(step, **changes)
@@ -105,6 +106,24 @@ def test_activation_checkpointing_keeps_the_inputs_of_all_layers_and_one_layer_i
     last_norm = B * T * 96 * 4  # is over when the first layer is recomputed
     assert found.activations == pytest.approx(saved_bytes(model) - last_norm, rel=0.1)
     assert found.work == pytest.approx(one_layer + 2 * B * T * 160 * 4, rel=0.15)
+
+
+@pytest.mark.parametrize("rank", [4, 400])
+def test_gradients_take_the_room_that_activations_leave(rank):
+    model = build("wide MLP", rank)
+    both = estimate(model)
+    found = estimate(model, keeps_gradients=False)
+    assert found.total == both.total - min(both.activations, both.gradients)
+    with_zero = estimate(model, keeps_gradients=False, sharding=Sharding(1, masters=True))
+    assert with_zero.activations == both.activations
+
+
+def test_of_a_trained_head_gradients_come_before_activations_go():
+    model = LlamaForCausalLM(LlamaConfig(**SHAPES["wide MLP"]))
+    both = estimate(model)
+    found = estimate(model, keeps_gradients=False)
+    late = both.gradients - model.lm_head.weight.nbytes
+    assert found.activations == both.activations - late > 0
 
 
 def test_weights_gradients_and_moments():

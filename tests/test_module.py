@@ -95,6 +95,26 @@ def fit(make_trainer, module, data, **options):
 # --- loss ---------------------------------------------------------------------------------------
 
 
+class GradientsAtForward(Callback):
+    """Notes, for each micro-batch, whether any gradient is there before its forward pass."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(any(p.grad is not None for p in pl_module.parameters()))
+
+
+@pytest.mark.parametrize(("micro", "seen"), [(1, [False] * 4), (2, [False, True] * 2)])
+def test_gradients_of_a_step_are_gone_before_the_next(
+    make_trainer, make_module, make_data, micro, seen
+):
+    watch = GradientsAtForward()
+    options = {"max_steps": 4 // micro, "accumulate_grad_batches": micro, "callbacks": [watch]}
+    fit(make_trainer, make_module(), make_data(), **options)
+    assert watch.seen == seen
+
+
 def test_the_loss_is_the_mean_cross_entropy_of_the_targets(make_module, model_folder):
     module = start(make_module())
     long, short = [1, 40, 41, 42, 43, 2], [1, 50, 2]

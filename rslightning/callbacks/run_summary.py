@@ -238,6 +238,8 @@ def _training_step(trainer: Trainer, module: LightningModule, model: Any) -> Tra
         compute_bytes=compute_bytes,
         optimizer=_optimizer(trainer.optimizers[0]),
         activation_checkpointing=getattr(module, "activation_checkpointing", False),
+        keeps_gradients=trainer.accumulate_grad_batches > 1
+        or not getattr(module, "drops_gradients", False),
         dropout=any(isinstance(layer.dropout, torch.nn.Dropout) for layer in layers.values()),
         eager_attention=getattr(module, "attention", None) == "eager",
         sharding=_sharding(trainer),
