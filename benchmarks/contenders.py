@@ -21,7 +21,6 @@ from rslightning.rslora import AdapterSpec, LoRALinear, scaling_factor
 from rslightning.rslora.rounding import allow_merged_orders
 
 ALPHA = 16.0
-RATE = 1e-3
 UPDATE = 0.05  # ||gamma B A|| / ||W|| of every layer at the start
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -41,6 +40,7 @@ class Setting(NamedTuple):
     head: int = 64
     device: str = "cpu"
     checkpointing: bool = False
+    rate: float = 1e-3
 
 
 class Adapters(Mapping[str, tuple[Tensor, Tensor]]):
@@ -199,12 +199,14 @@ def loop(
     return run
 
 
-def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in parameters if p.requires_grad], RATE, weight_decay=0.0)
+def adamw(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in parameters if p.requires_grad], rate, weight_decay=0.0)
 
 
 def bare_loop(work: Work, model: nn.Module, loss_of: Callable[[Batch], Tensor]) -> Contender:
-    return partial(loop, work.batches, loss_of, partial(adamw, list(model.parameters())))
+    return partial(
+        loop, work.batches, loss_of, partial(adamw, list(model.parameters()), work.setting.rate)
+    )
 
 
 @torch.no_grad()
@@ -213,7 +215,7 @@ def our_module(work: Work, compiled: bool = False) -> CausalLMModule:
     module = CausalLMModule(
         work.folder,
         AdapterSpec(work.rank, ALPHA, "rslora"),
-        partial(torch.optim.AdamW, lr=RATE, weight_decay=0.0),
+        partial(torch.optim.AdamW, lr=work.setting.rate, weight_decay=0.0),
         dtype=str(work.setting.dtype).removeprefix("torch."),
         compile=compiled,
     )
@@ -347,7 +349,7 @@ def trainer_options(work: Work) -> dict[str, Any]:
         "output_dir": f"{work.folder}/trainer",
         "per_device_train_batch_size": work.setting.rows,
         "max_steps": len(work.batches),
-        "learning_rate": RATE,
+        "learning_rate": work.setting.rate,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
         "bf16": work.setting.dtype == torch.bfloat16,

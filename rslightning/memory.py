@@ -44,6 +44,10 @@ DEEPSPEED_PREFETCH: Final = 50_000_000
 """Entries of weights that are gathered ahead (ZeRO-3)."""
 
 
+CUBLAS_BYTES: Final = 2 * 2**25
+"""Room that cuBLAS takes on a Hopper GPU for each of two threads: forward and backward."""
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes of one training process, by part.
@@ -57,7 +61,8 @@ class MemoryEstimate:
             then puts gradients.
         work: The largest of what the loss works on (logits of some positions), what the backward
             pass of one layer does, with the layer itself where it was recomputed, and what the
-            optimizer's step takes beyond what is over by then: the activations, the exchange.
+            optimizer's step takes beyond what is over by then: the activations, the exchange. On
+            a GPU cuBLAS has some room, too.
         exchange: Gathered weights and buckets, where several processes work together.
         host: Of the host's memory, where the state is kept there; not in `total`.
     """
@@ -128,7 +133,8 @@ def estimate_memory(shape: ModelShape, step: TrainingStep) -> MemoryEstimate:
             _loss_bytes(shape, step),
             _layer_bytes(shape, step),
             _step_bytes(step, entries) - activations - exchange,
-        ),
+        )
+        + (0 if step.on_cpu else CUBLAS_BYTES),
         exchange=exchange,
         host=host,
     )

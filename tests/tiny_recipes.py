@@ -60,6 +60,7 @@ def stand_ins(root, model_folder, orca_folder, gsm8k_folder):
         return [
             f"--model.base_model={models.get(content['model']['base_model'], model_folder)}",
             "--model.pretrained=true",
+            "--model.compile=false",  # takes longer than tiny models train
             f"--data.path={path}",
             "--data.max_length=128",
             "--data.held_out_examples=5",

@@ -252,15 +252,17 @@ class TextDataModule(LightningDataModule, ABC):
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """On a GPU, fill up the batches of a fit's first two steps to `max_length`.
+        """On a GPU, fill up packed batches to `max_length`, others in a fit's first two steps.
 
-        No later step takes more memory: what does not fit is found out at once, and `RunSummary`
+        Packed rows are nearly full, and a compiler has one shape of them to translate. Of others no
+        later step takes more memory: what does not fit is found out at once, and `RunSummary`
         compares. Loss and gradients are those without, to rounding.
         """
         trainer = self.trainer
-        if trainer is None or not trainer.training or trainer.global_step > 1:
+        if trainer is None or not trainer.training or not _is_on_gpu(batch.input_ids):
             return batch
-        return batch.filled_up(self.max_length) if _is_on_gpu(batch.input_ids) else batch
+        due = self.packing or trainer.global_step < 2
+        return batch.filled_up(self.max_length) if due else batch
 
     def teardown(self, stage: str) -> None:
         """Say what became of the rows of a stream."""
