@@ -1,15 +1,29 @@
-"""Optimizer and schedule of a run that goes on: what is changed in the configuration counts.
+"""A run that goes on: its structure stays, and of the rest what is changed counts.
 
-A checkpoint restores their options along with their state, so that a rate given on the command line
-would silently be that of the checkpoint. What an option was when the run began is therefore kept;
-where it is another one now, the new one holds. The rest, as a rate that a schedule has moved, is
-the checkpoint's.
+A checkpoint restores the options of optimizer and schedule along with their state, so that a rate
+given on the command line would silently be that of the checkpoint. What an option was when the run
+began is therefore kept; where it is another one now, the new one holds. The rest, as a rate that a
+schedule has moved, is the checkpoint's.
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from torch.optim import Optimizer
+
+from rslightning.errors import UserError
+
+STRUCTURE: Final = (
+    "rank",
+    "alpha",
+    "scaling",
+    "targets",
+    "rank_pattern",
+    "alpha_pattern",
+    "allocation",
+)
+"""Fields of an adapter that decide which tensors there are and what they compute."""
 
 PARTS: Final = "_schedulers"
 """Where torch's composed schedules have those that they are made of."""
@@ -98,3 +112,35 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return isinstance(value, bool | int | float | str | None)
+
+
+def refuse_other_structure(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise `UserError` if a checkpoint is of another structure than the run.
+
+    Args:
+        saved: Hyperparameters of the checkpoint; what it does not say is not compared.
+        own: Those of the run.
+    """
+    found = _structure(saved)
+    for name, value in _structure(own).items():
+        if name in found and found[name] != value:
+            raise UserError(
+                f"The checkpoint has {name} {found[name]!r}, this run {value!r}; "
+                "set it to the checkpoint's, or start a new run."
+            )
+
+
+def _structure(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint and a run must have in common.
+
+    Of the base model that is the last segment of its name, since folders move.
+    """
+    structure: dict[str, Any] = {}
+    if "base_model" in hparams:
+        structure["base_model"] = Path(hparams["base_model"]).name
+    structure["quantization"] = hparams.get("quantization")
+    adapter = hparams.get("adapter")
+    structure["method"] = "full fine-tuning" if adapter is None else "adapters"
+    if adapter is None:
+        return structure
+    return structure | {f"adapter.{name}": adapter[name] for name in STRUCTURE if name in adapter}

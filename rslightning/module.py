@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
@@ -19,7 +18,7 @@ from rslightning import hf
 from rslightning.batch import IGNORED, Batch
 from rslightning.checkpoint import load_adapter
 from rslightning.errors import UserError
-from rslightning.hyperparameters import keep_changes, plain_settings
+from rslightning.hyperparameters import keep_changes, plain_settings, refuse_other_structure
 from rslightning.losses import token_nats
 from rslightning.model_folder import absolute_name, find_model_folder
 from rslightning.optimizer import prefer_fused, refuse_parts
@@ -32,17 +31,6 @@ from rslightning.rslora.linear import adapter_layers
 from rslightning.rslora.quantized import describe_quantization, is_stored_transposed
 from rslightning.rslora.rounding import allow_merged_orders
 from rslightning.strategies.sharing import refuse_shared_gradients, weight_sharing
-
-STRUCTURE: Final = (
-    "rank",
-    "alpha",
-    "scaling",
-    "targets",
-    "rank_pattern",
-    "alpha_pattern",
-    "allocation",
-)
-"""Fields of an adapter that decide which tensors there are and what they compute."""
 
 AUTOCAST_DTYPES: Final = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """The dtype of products under a precision of the Trainer; under the others it is the model's."""
@@ -64,8 +52,8 @@ class CausalLMModule(LightningModule):
             ...); null takes the best that the architecture has in torch alone.
         activation_checkpointing: Recompute each decoder layer in the backward pass: less memory,
             about a third more time.
-        compile: Let `torch.compile` fuse the operations of each decoder layer; the first steps take
-            a minute or more.
+        compile: Let `torch.compile` fuse the operations of each decoder layer in training; the
+            first steps take a minute or more.
         pretrained: Load the base's weights; false draws new ones, for training from scratch.
         max_new_tokens: Length limit of an answer in `predict`.
         trust_remote_code: Run model code that the base's folder brings along.
@@ -207,8 +195,19 @@ class CausalLMModule(LightningModule):
             if batch.position_ids is None
             else {"position_ids": batch.position_ids}
         )
-        logits: Tensor = self.model(input_ids=batch.input_ids, use_cache=False, **where).logits
+        with self._compiled_in_training_only():
+            logits: Tensor = self.model(input_ids=batch.input_ids, use_cache=False, **where).logits
         return logits
+
+    def _compiled_in_training_only(self) -> AbstractContextManager[object]:
+        """Return a context in which the compiler leaves evaluation alone.
+
+        It would translate each layer anew for lengths that vary, and for each cache of a
+        generation, until it gave up, and then take lengths for unknown in training, too.
+        """
+        if self.compiles and not torch.is_grad_enabled():
+            return torch.compiler.set_stance("force_eager")
+        return nullcontext()
 
     def nats(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the summed nats of a batch's targets and their number.
@@ -351,8 +350,7 @@ class CausalLMModule(LightningModule):
     @torch.no_grad()
     def generate(self, batch: Batch) -> Tensor:
         """Continue each prompt of a left-padded batch greedily, up to `max_new_tokens`."""
-        # Each layer's cache would be translated anew, until the compiler gave up, in training too.
-        with torch.compiler.set_stance("force_eager") if self.compiles else nullcontext():
+        with self._compiled_in_training_only():
             ids: Tensor = self.model.generate(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
@@ -416,13 +414,7 @@ class CausalLMModule(LightningModule):
 
     def refuse_other_structure(self, hparams: Mapping[str, Any]) -> None:
         """Raise `UserError` if a checkpoint with these hyperparameters is of another structure."""
-        saved = _structure(hparams)
-        for name, value in _structure(self.hparams).items():
-            if name in saved and saved[name] != value:
-                raise UserError(
-                    f"The checkpoint has {name} {saved[name]!r}, this run {value!r}; "
-                    "set it to the checkpoint's, or start a new run."
-                )
+        refuse_other_structure(hparams, self.hparams)
 
     def _check_vocabulary(self) -> None:
         """Raise `UserError` if the data (one of ours) has token ids that the base cannot embed."""
@@ -455,19 +447,3 @@ def _total_steps(trainer: Trainer) -> int:
             f"trainer says {steps}): set trainer.max_steps."
         )
     return int(steps)
-
-
-def _structure(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint and a run must have in common.
-
-    Of the base model that is the last segment of its name, since folders move.
-    """
-    structure: dict[str, Any] = {}
-    if "base_model" in hparams:
-        structure["base_model"] = Path(hparams["base_model"]).name
-    structure["quantization"] = hparams.get("quantization")
-    adapter = hparams.get("adapter")
-    structure["method"] = "full fine-tuning" if adapter is None else "adapters"
-    if adapter is None:
-        return structure
-    return structure | {f"adapter.{name}": adapter[name] for name in STRUCTURE if name in adapter}

@@ -19,7 +19,7 @@ ALLOWED = {
     "storage": {"errors", "manifest"},
     "random_streams": set(),
     "patient_events": {"errors", "storage"},
-    "hyperparameters": set(),
+    "hyperparameters": {"errors"},
     "batch": set(),
     "losses": {"batch", "cost"},
     "stats": {"errors"},

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 
 from rslightning import hf
 from rslightning.batch import Batch
+from rslightning.callbacks import BeforeAfter
 from rslightning.errors import UserError
 from rslightning.hf import compile_decoder_layers
 from rslightning.rslora import AdapterSpec, contraction, rounding
@@ -139,6 +140,26 @@ def test_compiled_decoder_layers_train_the_same(make_trainer, make_module, make_
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lengths_of_evaluation_leave_that_of_training_known(
+    make_trainer, make_module, make_data, monkeypatch
+):
+    lengths = []
+
+    def note(graph, inputs):
+        lengths.extend(x.shape[1] for x in inputs if getattr(x, "ndim", 0) == 3)
+        return graph.forward
+
+    monkeypatch.setattr(hf, "compile_decoder_layers", partial(compile_decoder_layers, backend=note))
+    monkeypatch.setattr("rslightning.data.base._is_on_gpu", lambda tensor: True)  # one shape
+    torch._dynamo.reset()
+    options = {"callbacks": [BeforeAfter()], "num_sanity_val_steps": 2, "val_check_interval": 1}
+    trainer = make_trainer(max_steps=3, check_val_every_n_epoch=None, **options)
+    trainer.fit(make_module(compile=True), make_data(packing=True, max_length=200, batch_size=1))
+    assert set(lengths) == {200}
+    assert all(type(length) is int for length in lengths)
 
 
 @pytest.mark.filterwarnings("ignore")
