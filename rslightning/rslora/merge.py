@@ -5,9 +5,6 @@ rounding, or undoing by subtraction, would drift; here the base weight itself is
 """
 
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +15,7 @@ from rslightning.errors import RunError, UserError
 from rslightning.rslora.inject import set_module
 from rslightning.rslora.linear import LoRALinear, adapter_layers, is_conv1d
 from rslightning.rslora.quantized import is_quantized
+from rslightning.rslora.threads import one_thread_each
 
 BLOCK_ROWS: Final = 64
 """Rows that are worked on at once: few enough for a core's cache, enough for a fast product.
@@ -84,7 +82,7 @@ def merge_weight(
         rows = slice(first, first + rows_each)
         return _merge_rows(weight[rows], left[rows], right, merged[rows])
 
-    with _one_thread_each() as (threads, count):
+    with one_thread_each() as (threads, count):
         rows_each = BLOCK_ROWS * math.ceil(len(weight) / (BLOCK_ROWS * count))
         squares = list(threads.map(merge_rows, range(0, len(weight), rows_each)))
     of_weight, of_update, of_loss = (math.sqrt(sum(x)) for x in zip(*squares, strict=True))
@@ -164,22 +162,6 @@ def _merged_weight(path: str, layer: LoRALinear) -> Tensor:
         return merge_weight(*parts, transposed=is_conv1d(layer.base))[0]
     except RunError as error:
         raise RunError(f"{path}: {error} Nothing was merged.") from None
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """Yield as many threads as torch has, with their count, and let torch split the work of none.
-
-    Torch's own would wait for each other after every step of every block: on a machine that has
-    something else to do, most of the time.
-    """
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(count) as threads:
-            yield threads, count
-    finally:
-        torch.set_num_threads(count)
 
 
 @torch.no_grad()  # holds for one thread alone
