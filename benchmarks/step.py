@@ -56,7 +56,7 @@ from side_by_side import machine, ratio, turns, write_json
 
 from rslightning.cost import GIB, LayerShape, LinearMap, training_flops
 
-TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-4}  # relative, of a loss
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 5e-4}  # relative, of a loss
 PACKAGES = ("transformers", "lightning", "peft", "trl", "litgpt")
 NOT_THE_SAME = ("full", "frozen", "PEFT bfloat16")  # whose losses are their own
 
