@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _silence_unread():
+        if _silence_unread() and isinstance(error, BrokenPipeError):
             trains = arguments[:1] and arguments[0] in TRAINER_VERBS
             return _say("nobody reads the output any more", UNREAD) if trains else UNREAD
         return _say(*describe_failure(error))
@@ -256,7 +256,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _silence_unread() -> bool:
-    """Return whether a pipe for our output has no reader; what else is written there is dropped."""
+    """Return whether our output has no reader; what else is written there is dropped.
+
+    That of a pipe has ended, or a terminal is closed.
+    """
     unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
     for stream in unread:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -21,6 +21,10 @@ class RunError(RuntimeError):
     """The request was sound and its execution failed (full disk, lost file). Exit 1."""
 
 
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""Told to end, Ctrl-C, SLURM's ahead of its time limit, and a terminal that is closed."""
+
+
 class StoppedError(RunError):
     """A signal ended the run between two steps, on all processes; exit 128 + its number.
 

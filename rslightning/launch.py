@@ -23,7 +23,7 @@ from subprocess import Popen
 from threading import Lock, Thread
 from typing import Any, Final, NamedTuple
 
-from rslightning.errors import StoppedError, UserError, describe_failure
+from rslightning.errors import STOP_SIGNALS, StoppedError, UserError, describe_failure
 from rslightning.redaction import redact
 
 LAUNCHER_VARIABLE: Final = "RSLIGHTNING_LAUNCHER"
@@ -38,7 +38,7 @@ EXIT_SECONDS: Final = 60.0
 
 ADVICE: Final = "the run has ended; --ckpt_path last goes on with it"
 
-STOPPED: Final = tuple(128 + number for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM))
+STOPPED: Final = tuple(128 + number for number in STOP_SIGNALS)
 """Statuses of processes that a signal has stopped together (`StoppedError`)."""
 
 
@@ -305,9 +305,9 @@ def _describe(status: int) -> str:
 
 def _leave(message: str | None, status: int) -> None:
     """End this process now: no thread, library or other process is waited for."""
-    if message is not None:
-        print(f"\nrslightning: {redact(message)}", file=sys.stderr)
-    with suppress(Exception):
+    with suppress(Exception):  # nobody may read it any more
+        if message is not None:
+            print(f"\nrslightning: {redact(message)}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)

@@ -1,11 +1,15 @@
+import fcntl
 import io
 import json
 import os
+import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -219,6 +223,49 @@ def test_a_fit_whose_output_nobody_reads_says_that_it_ended(recipe):
     ended = run_unread("fit", "--config", recipe, "--trainer.enable_progress_bar=true")
     assert ended.returncode == 128 + signal.SIGPIPE
     assert ended.stderr.endswith("\nrslightning: nobody reads the output any more\n")
+
+
+LONG_FIT = ("--trainer.max_steps=100000", "--trainer.enable_progress_bar=true")
+
+
+def read_steps(descriptor: int) -> None:
+    """Read the output of a fit until its progress bar has shown a few steps."""
+    seen = b""
+    while seen.count(b"train/loss") < 5:
+        seen += os.read(descriptor, 65536)  # raises, or blocks, if the fit has ended
+
+
+def last_step() -> int:
+    last = Path("runs/tiny/version_0/checkpoints/last.ckpt")
+    return torch.load(last, weights_only=True)["global_step"]
+
+
+def test_a_fit_whose_output_is_read_no_longer_saves_what_it_did(recipe):
+    reading, writing = os.pipe()
+    command = [sys.executable, "-m", "rslightning", "fit", "--config", recipe, *LONG_FIT]
+    with subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE, text=True) as fit:
+        os.close(writing)
+        read_steps(reading)
+        os.close(reading)
+        said = fit.communicate()[1]
+    assert fit.returncode == 128 + signal.SIGPIPE
+    assert said.endswith("\nrslightning: nobody reads the output any more\n")
+    assert last_step() >= 2
+
+
+def test_a_fit_whose_terminal_is_closed_saves_its_last_step(recipe):
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(
+            sys.executable,
+            [sys.executable, "-m", "rslightning", "fit", "--config", recipe, *LONG_FIT],
+        )
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    read_steps(terminal)
+    os.close(terminal)
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert status == 128 + signal.SIGHUP
+    assert last_step() >= 2
 
 
 def test_a_broken_pipe_elsewhere_is_a_failure(monkeypatch):

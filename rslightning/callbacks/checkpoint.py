@@ -46,7 +46,7 @@ class TrainableCheckpoint(Checkpoint):
     of before stay, and the next one is due at the next interval; if the last one fails, too, so
     does the run, after whatever else it can still write.
 
-    A signal that ends the run (`StopOnSignal`) leaves the state of its last step. So does any
+    A signal that ends the run (`StopOnSignal`) leaves the state of its last whole step. So does any
     exception: the run that goes on repeats the step that failed. Where there are several processes,
     only one that all of them raise at the same step does (`NonFiniteGuard`'s): for any other those
     that save would wait for those that compute, and the run would hang.
@@ -127,7 +127,8 @@ class TrainableCheckpoint(Checkpoint):
         together = isinstance(exception, NonFiniteError | SIGTERMException | StoppedError)
         if isinstance(exception, StopNow) or (trainer.world_size > 1 and not together):
             return
-        if isinstance(exception, StoppedError) and self._steps:  # by the callback before this one
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        if self._steps and batches.processed == batches.ready:  # a callback before this one failed
             self._step_is_over(trainer)
             self._log_step(trainer)
         if isinstance(exception, NonFiniteError):

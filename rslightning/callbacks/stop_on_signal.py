@@ -1,18 +1,16 @@
 """A run that is told to end: finish the step, save, and end with a status that says so."""
 
+import os
 import signal
-import sys
+from contextlib import suppress
 from types import FrameType
-from typing import Any, Final
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import final
 
-from rslightning.errors import StoppedError
-
-SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""What a scheduler or a user sends: to end, to interrupt, and SLURM's, before the time is up."""
+from rslightning.errors import STOP_SIGNALS, StoppedError
 
 
 class StopNow(KeyboardInterrupt):
@@ -21,12 +19,13 @@ class StopNow(KeyboardInterrupt):
 
 @final
 class StopOnSignal(Callback):
-    """On SIGTERM, SIGINT (Ctrl-C) and SIGUSR1, end the run after the step, with its state saved.
+    """On SIGTERM, SIGINT, SIGUSR1 and SIGHUP, end the run after the step, with its state saved.
 
     The handler only notes the signal. The processes, which agree on it once per optimizer step,
     then stop at the same one, also where a single process was told; `TrainableCheckpoint` saves
     what that step left. On one process a validation is interrupted, too. A second SIGINT stops at
-    once. Outside of training, signals do what they did before.
+    once. Outside of training, signals do what they did before. A SIGHUP that was ignored, as
+    `nohup` lets it be, stays so: the terminal is gone, and the run goes on.
 
     Lightning's own handlers, which are replaced in the meantime, save or broadcast from within:
     the processes are then at different places, and wait for each other for ever.
@@ -43,7 +42,10 @@ class StopOnSignal(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals."""
         self._noted, self._step = 0, trainer.global_step
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        taken = set(STOP_SIGNALS)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            taken.remove(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._note) for number in taken}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -87,8 +89,7 @@ class StopOnSignal(Callback):
             raise StopNow
         self._noted = number
         again = "; once more stops at once" if number == signal.SIGINT else ""
-        print(
-            f"\n{signal.Signals(number).name}: stopping after this step{again}",
-            file=sys.stderr,
-            flush=True,
-        )
+        said = f"\n{signal.Signals(number).name}: stopping after this step{again}\n"
+        # Not through sys.stderr, into which a line may be half written; a terminal may be gone.
+        with suppress(OSError):
+            os.write(2, said.encode())

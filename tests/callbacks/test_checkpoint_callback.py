@@ -101,7 +101,7 @@ def test_what_was_logged_up_to_a_checkpoint_is_on_the_disk_before_it(
 
 
 class Fail(Callback):
-    """Raise in the third step, as a lost device would: in a hook of the step's second half."""
+    """Raise, as a lost device would, between the second and the third step or within the third."""
 
     def __init__(self, hook, error=RuntimeError):
         self.batches = 0
@@ -115,7 +115,9 @@ class Fail(Callback):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
-@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_backward"])
+@pytest.mark.parametrize(
+    "hook", ["on_train_batch_end", "on_train_batch_start", "on_before_backward"]
+)
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_an_exception_leaves_the_step_before_it_from_which_a_run_goes_on_exactly(
     make_trainer, make_module, make_data, tmp_path, hook, accumulated

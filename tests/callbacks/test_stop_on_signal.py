@@ -1,5 +1,7 @@
+import io
 import os
 import signal
+import sys
 import warnings
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from lightning.pytorch import Callback
 from rslightning.callbacks import StopOnSignal, TrainableCheckpoint
 from rslightning.errors import RunError, StoppedError
 
-SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
 
 resumes = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
@@ -74,7 +76,7 @@ def give_back(signals=SIGNALS):
 
 @resumes
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_the_step_is_ended_and_saved_and_gone_on_from(fit, tmp_path, capsys, number):
+def test_the_step_is_ended_and_saved_and_gone_on_from(fit, tmp_path, capfd, number):
     with pytest.raises(StoppedError) as caught:
         fit(Told(number, micro_batch=0), accumulate_grad_batches=2)
     give_back()
@@ -82,7 +84,7 @@ def test_the_step_is_ended_and_saved_and_gone_on_from(fit, tmp_path, capsys, num
     assert caught.value.status == 128 + number
     assert saved(tmp_path) == {"last.ckpt": 3, "step-3.ckpt": 3}
     again = "; once more stops at once" if number == signal.SIGINT else ""
-    assert f"{number.name}: stopping after this step{again}\n" in capsys.readouterr().err
+    assert f"{number.name}: stopping after this step{again}\n" in capfd.readouterr().err
     last = tmp_path / "checkpoints/last.ckpt"
     resumed = fit(accumulate_grad_batches=2, ckpt_path=last)
     whole = fit(accumulate_grad_batches=2, enable_checkpointing=False)
@@ -147,6 +149,29 @@ def test_a_state_that_cannot_be_saved_is_a_failure(fit, tmp_path):
     assert str(caught.value).startswith(
         "stopped by SIGTERM after step 3, and that step is in no checkpoint: "
     )
+
+
+def test_what_nohup_ignores_is_ignored(fit, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        fit(Told(signal.SIGHUP))
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert saved(tmp_path) == {"last.ckpt": 6, "step-6.ckpt": 6}
+
+
+def test_a_signal_is_told_while_a_line_is_written(fit, monkeypatch):
+    class Writing(io.StringIO):
+        def write(self, text):
+            if "stopping after" in text:
+                raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+            return len(text)
+
+    monkeypatch.setattr(sys, "stderr", Writing())
+    with pytest.raises(StoppedError):
+        fit(Told(signal.SIGTERM))
+    give_back()
 
 
 def test_without_a_signal_nothing_is_different(fit):
