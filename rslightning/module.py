@@ -23,6 +23,7 @@ from rslightning.losses import token_nats
 from rslightning.model_folder import absolute_name, find_model_folder
 from rslightning.optimizer import prefer_fused, refuse_parts
 from rslightning.output_head import logits_are_of_head, nats_for_logits
+from rslightning.packed_rows import keeps_examples_apart, packed_logits
 from rslightning.random_streams import begin_stream
 from rslightning.rslora import AdapterSpec, InjectionReport, inject_adapters
 from rslightning.rslora.adalora import RankAllocator
@@ -75,8 +76,9 @@ class CausalLMModule(LightningModule):
     Raises:
         UserError: If the base cannot be loaded or quantized, a target matches nothing, a checkpoint
             or `start_from` is of another structure, a token id is outside of the base's vocabulary,
-            a quantized base shall be trained without adapters, the strategy shares out weights in a
-            way that is not supported, or ranks shall be allocated in a run without end or in one
+            a quantized base shall be trained without adapters, examples are packed for a base that
+            would let them see each other, the strategy shares out weights in a way that is not
+            supported, or ranks shall be allocated in a run without end or in one
             whose strategy shares out gradients.
     """
 
@@ -188,16 +190,13 @@ class CausalLMModule(LightningModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits [B, T, V] of a batch."""
-        # Position ids that start anew tell transformers where an example ends, but only where no
-        # mask is given: attention is then block-diagonal, by variable-length kernels if there are.
-        where = (
-            {"attention_mask": batch.attention_mask}
-            if batch.position_ids is None
-            else {"position_ids": batch.position_ids}
-        )
+        ids = batch.input_ids
         with self._compiled_in_training_only():
-            logits: Tensor = self.model(input_ids=batch.input_ids, use_cache=False, **where).logits
-        return logits
+            if batch.position_ids is not None:
+                return packed_logits(self.model, ids, batch.position_ids)
+            mask = batch.attention_mask
+            logits: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            return logits
 
     def _compiled_in_training_only(self) -> AbstractContextManager[object]:
         """Return a context in which the compiler leaves evaluation alone.
@@ -224,6 +223,7 @@ class CausalLMModule(LightningModule):
     def on_fit_start(self) -> None:
         """Refuse what cannot be trained before the first step."""
         self._check_vocabulary()
+        self._check_packing()
         if self.quantization is not None and self.adapter is None:
             raise UserError(
                 "A quantized base is frozen: give model.adapter a rank, or leave quantization out."
@@ -425,6 +425,19 @@ class CausalLMModule(LightningModule):
             raise UserError(
                 f"The data has token id {largest}, but {self.base_model} has a vocabulary of "
                 f"{vocabulary}: tokenizer and model do not belong together."
+            )
+
+    @torch.no_grad()
+    def _check_packing(self) -> None:
+        """Raise `UserError` if the data (of ours) is packed and the base cannot tell examples."""
+        if getattr(getattr(self.trainer, "datamodule", None), "packing", False) is not True:
+            return
+        with self.trainer.precision_plugin.forward_context(), self._compiled_in_training_only():
+            apart = keeps_examples_apart(self.model)
+        if not apart:
+            raise UserError(
+                f"In {type(self.model).__name__} an example reads those before it in a packed row "
+                "(it has no attention that ends with the example): set data.packing to false."
             )
 
     def _add_to_mean(self, batch: Batch) -> None:

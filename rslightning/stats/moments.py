@@ -78,8 +78,8 @@ def measure(values: Tensor, mask: Tensor | None = None) -> Moments:
 
     Shape:
         values [..., features]; mask [...], nonzero where a position counts, or its flattened form
-            where `values` is [positions, features]. A mask of any other shape does not fit, and all
-            positions count.
+            where `values` is [positions, features] or [1, positions, features]. A mask of any other
+            shape does not fit, and all positions count.
     """
     wide = torch.promote_types(values.dtype, torch.float32)
     totals = values.sum(-1, dtype=wide)
@@ -245,8 +245,8 @@ def _cat(matrices: list[Tensor], dim: int) -> Tensor:
 
 def _fit(mask: Tensor | None, positions: Tensor) -> Tensor:
     """Return which positions count; see `measure`."""
-    if mask is not None and positions.ndim == 1 and positions.numel() == mask.numel():
-        mask = mask.flatten()
+    if mask is not None and positions.shape in ((mask.numel(),), (1, mask.numel())):
+        mask = mask.reshape(positions.shape)
     if mask is None or mask.shape != positions.shape:
         return torch.ones_like(positions, dtype=torch.bool)
     mask = mask.to(positions.device)

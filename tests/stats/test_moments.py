@@ -51,6 +51,7 @@ def test_padding_changes_nothing():
     for kind in (torch.int64, torch.bool, torch.float32):
         assert_moments(measure(values, mask.to(kind)), values[mask])
     assert_moments(measure(values.flatten(0, 1), mask), values[mask])
+    assert_moments(measure(values.flatten(0, 1)[None], mask), values[mask])
 
 
 @pytest.mark.parametrize("shape", [(11, 4, 5), (43, 5), (4, 10, 5), (2, 2, 11, 5), (5,)])
