@@ -67,6 +67,7 @@ class Fit:
     optimizer: str = "AdamW"
     clip: float | None = CLIP
     batch: int = BATCH
+    packing: bool = False
     precision: str = "32-true"
     save_every: int = 0
     resume: str | None = None
@@ -164,7 +165,7 @@ def make_fit_data(fit: Fit, places: Places) -> OpenOrca:
         batch_size=fit.batch // fit.processes,
         max_length=80,
         held_out_examples=None,
-        packing=False,
+        packing=fit.packing,
     )
 
 

@@ -87,6 +87,14 @@ def test_activation_checkpointing(run, strategy):
     assert deviation(found.merged, single.merged) < TOLERANCE
 
 
+@pytest.mark.parametrize("strategy", SHARING)
+def test_packed_rows(run, strategy):
+    packed = Fit(steps=2, optimizer="SGD", clip=None, batch=4, packing=True)
+    single, found = run(packed), run(packed.under(strategy))
+    assert largest_deviation(found, single, ("train/loss", *NORMS)) < TOLERANCE
+    assert deviation(found.merged, single.merged) < TOLERANCE
+
+
 def test_table(run):
     print(f"\n{'':10}{'step 1':>10}{'step 5':>10}{'step 10':>10}  largest relative deviation of")
     print(f"{'AdamW':40}{'losses':>10}{'norms':>10}{'moments':>10}{'merged':>10}")
