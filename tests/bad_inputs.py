@@ -23,6 +23,15 @@ FIT = "fit --config tiny.yaml"
 GO_ON = f"{FIT} --ckpt_path"
 DATA = "--data.path bad.jsonl --data.held_out_examples 1"
 MERGE = "merge --output merged --checkpoint"
+FALCON = {
+    "model_type": "falcon",
+    "architectures": ["FalconForCausalLM"],
+    "vocab_size": 301,
+    "hidden_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "alibi": False,
+}
 GOOD_ROW = {"system_prompt": "", "question": "How many?", "response": "Two."}
 
 
@@ -180,6 +189,8 @@ MODEL_FOLDER = [
     Case("the index names a file elsewhere", FIT, 2, index_elsewhere),
     Case("the model type is unknown", FIT, 2,
          partial(change_json, "base/config.json", model_type="lama")),
+    Case("the model mixes the examples of a packed row", f"{FIT} --model.pretrained false --merge_adapters null", 2,
+         partial(write, "base/config.json", json.dumps(FALCON))),
     Case("the model brings code of its own", FIT, 2,
          partial(change_json, "base/config.json", model_type="own",
                  auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})),
