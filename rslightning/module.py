@@ -222,6 +222,7 @@ class CausalLMModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuse what cannot be trained before the first step."""
+        self._window.clear()  # a fit that failed may have left some
         self._check_vocabulary()
         self._check_packing()
         if self.quantization is not None and self.adapter is None:
@@ -246,12 +247,14 @@ class CausalLMModule(LightningModule):
             rank_zero_info(f"going on with other options than before: {'; '.join(said)}.")
 
     def on_validation_start(self) -> None:
-        """Refuse data of another vocabulary."""
+        """Refuse data of another vocabulary; begin the pass's mean."""
         self._check_vocabulary()
+        self._begin_mean()
 
     def on_test_start(self) -> None:
-        """Refuse data of another vocabulary."""
+        """Refuse data of another vocabulary; begin the pass's mean."""
         self._check_vocabulary()
+        self._begin_mean()
 
     def on_predict_start(self) -> None:
         """Refuse data of another vocabulary."""
@@ -440,13 +443,17 @@ class CausalLMModule(LightningModule):
                 "(it has no attention that ends with the example): set data.packing to false."
             )
 
+    def _begin_mean(self) -> None:
+        # A pass of `validate` makes tensors that the validation within a fit may not change.
+        with torch.inference_mode(False):
+            self.mean_nats.reset()
+
     def _add_to_mean(self, batch: Batch) -> None:
         nats, targets = self.nats(batch)
         self.mean_nats.update(nats / targets.clamp(min=1), weight=targets)
 
     def _log_mean(self, stage: str) -> None:
         loss = self.mean_nats.compute()
-        self.mean_nats.reset()
         self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True)  # the same everywhere
         self.log(f"{stage}/perplexity", loss.exp(), sync_dist=True)
 

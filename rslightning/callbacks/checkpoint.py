@@ -10,11 +10,13 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 from typing_extensions import final
 
+from rslightning.callbacks.due_validation import is_validation_due, let_begin, validate_now
 from rslightning.callbacks.merge_adapters import run_folder
 from rslightning.callbacks.non_finite_guard import NonFiniteError
 from rslightning.callbacks.stop_on_signal import StopNow
@@ -46,6 +48,9 @@ class TrainableCheckpoint(Checkpoint):
     of before stay, and the next one is due at the next interval; if the last one fails, too, so
     does the run, after whatever else it can still write.
 
+    A validation that is due after a saved step, and was not over when the run ended, is made before
+    the run goes on.
+
     A signal that ends the run (`StopOnSignal`) leaves the state of its last whole step. So does any
     exception: the run that goes on repeats the step that failed. Where there are several processes,
     only one that all of them raise at the same step does (`NonFiniteGuard`'s): for any other those
@@ -70,6 +75,8 @@ class TrainableCheckpoint(Checkpoint):
         self._saved_step = 0  # nothing is worth saving before the first step
         self._between_steps: dict[str, Any] | None = None  # the fit loop's state after a step
         self._steps = False  # whether an optimizer step is being made
+        self._validates = False  # whether a validation is due or under way
+        self._max_steps: int | None = None  # to give back: see `let_begin`
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the folder, the same for all processes."""
@@ -84,10 +91,20 @@ class TrainableCheckpoint(Checkpoint):
         match = STEP_NAME.fullmatch(start.name)
         if match and start.parent.resolve() == folder.resolve() and trainer.is_global_zero:
             self._make_newest(folder, int(match[1]))
+        if self._validates:
+            self._max_steps = let_begin(trainer, self._saved_step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the step that is in the checkpoint from which the run goes on."""
+        """Remember the step that the run goes on from; make the validation that it has left due."""
         self._saved_step = trainer.global_step
+        if self._max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
+        if self._validates:
+            validate_now(trainer)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that what was due is done."""
+        self._validates = False
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -127,8 +144,7 @@ class TrainableCheckpoint(Checkpoint):
         together = isinstance(exception, NonFiniteError | SIGTERMException | StoppedError)
         if isinstance(exception, StopNow) or (trainer.world_size > 1 and not together):
             return
-        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        if self._steps and batches.processed == batches.ready:  # a callback before this one failed
+        if self._is_between_callbacks(trainer):  # one before this failed
             self._step_is_over(trainer)
             self._log_step(trainer)
         if isinstance(exception, NonFiniteError):
@@ -146,12 +162,32 @@ class TrainableCheckpoint(Checkpoint):
         Of a step that failed it repeats the batches. After the end of an epoch Lightning would
         count one more, which it begins with the loader's first pass, or leaves after one batch.
         """
+        if self._is_between_callbacks(trainer):  # one before this saves
+            self._step_is_over(trainer)
         if self._between_steps is not None:
             checkpoint["loops"]["fit_loop"] = self._between_steps
+        checkpoint["validation_due"] = self._validates
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Learn whether a validation is due."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._validates = checkpoint.get("validation_due", False)
+        self._saved_step = checkpoint["global_step"]
+        if self._validates and trainer.strategy.restore_checkpoint_after_setup:  # and fit start
+            self._max_steps = let_begin(trainer, self._saved_step)
+
+    def _is_between_callbacks(self, trainer: Trainer) -> bool:
+        """Tell whether an optimizer step is made, and this callback has not been told of it."""
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        return self._steps and bool(batches.processed == batches.ready)
 
     def _step_is_over(self, trainer: Trainer) -> None:
         self._steps = False
         self._between_steps = trainer.fit_loop.state_dict()
+        self._validates = is_validation_due(trainer)
 
     def _log_step(self, trainer: Trainer) -> None:
         """Log what Lightning logs after the save: a process killed between would lack it."""
