@@ -142,6 +142,39 @@ def test_logged_losses_are_those_of_the_steps(make_trainer, make_module, make_da
     assert log.perplexities == pytest.approx(torch.tensor(losses).exp().tolist(), rel=1e-5)
 
 
+def test_a_fit_that_failed_leaves_nothing_of_a_step_behind(make_trainer, make_module, make_data):
+    class Fail(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 1:
+                raise RuntimeError("the device is lost")
+
+    module, options = make_module(), {"max_steps": 1, "accumulate_grad_batches": 3}
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        fit(make_trainer, module, make_data(), callbacks=[Fail()], **options)
+    again = fit(make_trainer, module, make_data(), **options)
+    alone = fit(make_trainer, make_module(), make_data(), **options)
+    assert again.callback_metrics["train/loss"] == alone.callback_metrics["train/loss"]
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_a_pass_before_a_fit_leaves_nothing_behind(make_trainer, make_module, make_data, verb):
+    module, data = make_module(), make_data()
+    torch.manual_seed(7)
+    getattr(make_trainer(), verb)(module, data)
+    trainer = fit(
+        make_trainer, module, data, max_steps=2, val_check_interval=2, limit_val_batches=3
+    )
+    single = fit(
+        make_trainer,
+        make_module(),
+        make_data(),
+        max_steps=2,
+        val_check_interval=2,
+        limit_val_batches=3,
+    )
+    assert trainer.callback_metrics["val/loss"] == single.callback_metrics["val/loss"]
+
+
 def test_the_logged_loss_of_a_step_covers_its_micro_batches(make_trainer, make_module, make_data):
     module = start(make_module())
     batches = batches_of(make_data())[:3]

@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -27,7 +28,7 @@ from rslightning.checkpoint_folder import (
     point_last,
     step_name,
 )
-from rslightning.errors import RunError, StoppedError
+from rslightning.errors import RunError, StoppedError, UserError
 from rslightning.manifest import write_manifest
 from rslightning.storage import put_in_place, reason_of, remove
 
@@ -62,6 +63,7 @@ class TrainableCheckpoint(Checkpoint):
 
     Raises:
         ValueError: If one of them is not positive.
+        UserError: If checkpoints are written by `AsyncCheckpointIO`.
         RunError: At the end of the fit, if the final state could not be saved.
     """
 
@@ -74,6 +76,7 @@ class TrainableCheckpoint(Checkpoint):
         self.problem: str | None = None
         self._saved_step = 0  # nothing is worth saving before the first step
         self._between_steps: dict[str, Any] | None = None  # the fit loop's state after a step
+        self._seen_step = 0  # a batch may have several
         self._steps = False  # whether an optimizer step is being made
         self._validates = False  # whether a validation is due or under way
         self._max_steps: int | None = None  # to give back: see `let_begin`
@@ -81,6 +84,11 @@ class TrainableCheckpoint(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the folder, the same for all processes."""
         self.dirpath = trainer.strategy.broadcast(str(run_folder(trainer) / CHECKPOINTS))
+        if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+            raise UserError(
+                "AsyncCheckpointIO does not tell when a file is whole, and a checkpoint gets its "
+                "name only then: leave it out of trainer.plugins."
+            )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = FileIO()
 
@@ -96,7 +104,7 @@ class TrainableCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the step that the run goes on from; make the validation that it has left due."""
-        self._saved_step = trainer.global_step
+        self._saved_step = self._seen_step = trainer.global_step
         if self._max_steps is not None:
             trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
         if self._validates:
@@ -119,7 +127,8 @@ class TrainableCheckpoint(Checkpoint):
         if trainer.fit_loop._should_accumulate() or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._step_is_over(trainer)
-        if trainer.global_step % self.every_n_steps == 0:
+        passed, self._seen_step = self._seen_step, trainer.global_step
+        if trainer.global_step // self.every_n_steps > passed // self.every_n_steps:
             self._log_step(trainer)
             self.save(trainer, f"; the next one is due in {self.every_n_steps} steps")
 

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rslightning.callbacks import TrainableCheckpoint
 from rslightning.callbacks.non_finite_guard import NonFiniteError
 from rslightning.checkpoint_folder import newest_whole
-from rslightning.errors import RunError
+from rslightning.errors import RunError, UserError
 from rslightning.rslora import AdapterSpec
 from rslightning.strategies import FSDP2Strategy
 
@@ -42,6 +44,48 @@ def test_files_are_named_by_steps_and_the_newest_stay(
     folder = tmp_path / "checkpoints"
     steps = {name: step_of(folder / name) for name in files(tmp_path)}
     assert steps == {"last.ckpt": 7, "step-6.ckpt": 6, "step-7.ckpt": 7}
+
+
+class TwoOptimizers(LightningModule):
+    """Steps twice in each batch, by hand: as a GAN."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = torch.nn.ModuleList(torch.nn.Linear(2, 1) for _ in range(2))
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for part, optimizer in zip(self.parts, self.optimizers(), strict=True):
+            loss = part(batch).sum()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in self.parts]
+
+
+def test_a_writer_in_the_background_is_refused(make_trainer, make_module, make_data, tmp_path):
+    with pytest.raises(UserError, match="leave it out of"):
+        fit(
+            *(make_trainer, make_module(), make_data(), TrainableCheckpoint()),
+            plugins=[AsyncCheckpointIO()],
+            max_steps=1,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_intervals_that_steps_of_several_optimizers_pass_over(make_trainer, tmp_path):
+    data = torch.utils.data.DataLoader(torch.ones(9, 2))
+    fit(make_trainer, TwoOptimizers(), data, TrainableCheckpoint(5, keep_last=9), max_epochs=1)
+    assert [step_of(path) for path in (tmp_path / "checkpoints").glob("step-*")]
+    assert files(tmp_path) == [
+        "last.ckpt",
+        "step-10.ckpt",
+        "step-16.ckpt",
+        "step-18.ckpt",
+        "step-6.ckpt",
+    ]
 
 
 def test_more_are_kept_on_request(make_trainer, make_module, make_data, tmp_path):
@@ -134,6 +178,27 @@ def test_an_exception_leaves_the_step_before_it_from_which_a_run_goes_on_exactly
     assert step_of(tmp_path / "checkpoints/step-2.ckpt") == 2
     resumed = run(TrainableCheckpoint(), ckpt_path=tmp_path / "checkpoints/last.ckpt")
     whole = run()
+    for name, tensor in whole.items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Be aware that when using `ckpt_path`, callbacks used:UserWarning"
+)
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_checkpoint_that_another_callback_writes_is_of_its_own_step(
+    make_trainer, make_module, make_data, tmp_path, accumulated
+):
+    def run(*callbacks, **options):
+        module = make_module()
+        options |= {"max_steps": 5, "accumulate_grad_batches": accumulated}
+        fit(make_trainer, module, make_data(), *callbacks, **options)
+        return module.trainable_state()
+
+    others = ModelCheckpoint(tmp_path / "others", "{step}", save_top_k=-1, every_n_train_steps=3)
+    whole = run(others, TrainableCheckpoint())
+    resumed = run(TrainableCheckpoint(), ckpt_path=tmp_path / "others" / "step=3.ckpt")
     for name, tensor in whole.items():
         assert torch.equal(resumed[name], tensor), name
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 
 from rslightning.callbacks import StopOnSignal, TrainableCheckpoint
 from rslightning.errors import RunError, StoppedError
@@ -118,27 +119,65 @@ def test_a_second_request_to_terminate_changes_nothing(fit, tmp_path):
 
 
 class ToldInValidation(Callback):
-    def __init__(self):
-        self.batches = 0
+    """Send SIGTERM in the validation after so many steps."""
+
+    def __init__(self, step):
+        self.step, self.batches = step, 0
 
     def on_validation_batch_start(self, trainer, *arguments, **options):
-        if not trainer.sanity_checking:
+        if trainer.global_step == self.step and not trainer.sanity_checking:
             self.batches += 1
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class ValidationLosses(Callback):
+    """Keep the loss of each validation with the step that it follows."""
+
+    def __init__(self):
+        self.losses = {}
+
+    def on_validation_end(self, trainer, pl_module):
+        assert trainer.global_step not in self.losses
+        self.losses[trainer.global_step] = trainer.callback_metrics["val/loss"].item()
+
+
+EVERY_2_STEPS = {"limit_val_batches": 2, "val_check_interval": 2, "check_val_every_n_epoch": None}
+EVERY_PASS = {"limit_val_batches": 2, "max_epochs": 2, "max_steps": -1, "limit_train_batches": 3}
+
+
 @resumes
-def test_a_validation_is_interrupted_and_the_step_before_it_saved(fit, tmp_path):
-    told = ToldInValidation()
-    options = {"limit_val_batches": 2, "val_check_interval": 2, "check_val_every_n_epoch": None}
-    with pytest.raises(StoppedError, match=r"after step 2$"):
-        fit(told, **options)
+@pytest.mark.parametrize(
+    ("options", "step"),
+    [(EVERY_2_STEPS, 2), (EVERY_2_STEPS, 6), (EVERY_PASS, 3), (EVERY_PASS, 6)],
+    ids=["within", "the last step", "a pass", "the last pass"],
+)
+def test_a_validation_is_interrupted_and_made_by_the_run_that_goes_on(fit, tmp_path, options, step):
+    told, before, after, whole = ToldInValidation(step), *(ValidationLosses() for _ in range(3))
+    with pytest.raises(StoppedError, match=rf"after step {step}$"):
+        fit(told, before, **options)
     give_back()
     assert told.batches == 1
-    assert saved(tmp_path) == {"last.ckpt": 2, "step-2.ckpt": 2}
-    resumed = fit(ckpt_path=tmp_path / "checkpoints/last.ckpt", **options)
-    whole = fit(enable_checkpointing=False, **options)
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert saved(tmp_path) == {"last.ckpt": step, f"step-{step}.ckpt": step}
+    resumed = fit(after, ckpt_path=tmp_path / "checkpoints/last.ckpt", **options)
+    undisturbed = fit(whole, enable_checkpointing=False, **options)
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+    assert before.losses | after.losses == whole.losses
+    assert step in after.losses
+    assert not before.losses.keys() & after.losses.keys()
+
+
+@resumes
+def test_what_a_validation_decides_is_decided_by_the_run_that_goes_on(fit, tmp_path):
+    def stopping():
+        return EarlyStopping("val/loss", stopping_threshold=100.0)  # of the first validation
+
+    with pytest.raises(StoppedError, match=r"after step 2$"):
+        fit(ToldInValidation(2), stopping(), **EVERY_2_STEPS)
+    give_back()
+    resumed = fit(stopping(), ckpt_path=tmp_path / "checkpoints/last.ckpt", **EVERY_2_STEPS)
+    undisturbed = fit(stopping(), enable_checkpointing=False, **EVERY_2_STEPS)
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+    assert saved(tmp_path)["last.ckpt"] == 2
 
 
 def test_a_state_that_cannot_be_saved_is_a_failure(fit, tmp_path):
