@@ -203,6 +203,8 @@ def _kept_bytes(shape: ModelShape, block: Block, step: TrainingStep) -> int:
     width = step.compute_bytes
     entries = 4 * shape.attention + block.inner * (3 if shape.gated else 4)
     entries += block.experts_per_token * shape.hidden
+    if block.experts_per_token and step.ranks is None:  # inputs of router and experts
+        entries += (1 + block.experts_per_token) * shape.hidden + block.inner
     wide_entries = shape.norms * shape.hidden
     if shape.head_norms:
         wide_entries += shape.attention + shape.key_width
@@ -216,7 +218,8 @@ def _kept_bytes(shape: ModelShape, block: Block, step: TrainingStep) -> int:
         softmax = WIDE if width == WIDE else WIDE + width  # in float32, and what it is cast to
         per_token += shape.heads * step.length * (softmax + width * (scores - 1))
     plain = [linear for linear in block.maps if step.ranks is None or not step.is_trained(linear)]
-    copies = sum(linear.entries for linear in plain) * width if step.casts_weights else 0
+    cast = sum(linear.entries for linear in plain) + block.bare * bool(block.experts_per_token)
+    copies = cast * width if step.casts_weights else 0
     return step.tokens * per_token + copies + _kept_by_adapters(block, step)
 
 

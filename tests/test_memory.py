@@ -355,15 +355,22 @@ FAMILIES = {
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 @pytest.mark.filterwarnings("ignore:.* are bare parameters, which adapters:UserWarning")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_peak_of_other_families(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "rank", "mixed"),
+    [
+        *((family, 16, False) for family in FAMILIES),
+        ("mixtral", None, False),
+        ("mixtral", None, True),
+    ],
+)
+def test_the_peak_of_other_families(family, rank, mixed, tmp_path):
     @dataclass(frozen=True)
     class OfFamily(BENCHMARK.Case):
         def config(self):
             sizes = {"vocab_size": self.words} if "gpt" in family else super().config()
             return {**sizes, "pad_token_id": 0, "model_type": family, **FAMILIES[family]}
 
-    predicted, measured = peaks(OfFamily(family, 16, 64, 4), tmp_path)
+    predicted, measured = peaks(OfFamily(family, rank, 64, 4, mixed=mixed), tmp_path)
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
