@@ -17,7 +17,7 @@ from rslightning.errors import RunError
 from rslightning.manifest import find_damage
 from rslightning.storage import new_folder
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Part of every key: raise it when what is written changes."""
 
 CACHE_VARIABLE: Final = "RSLIGHTNING_CACHE"

@@ -77,14 +77,19 @@ class Counts:
 def encode_prompts(tokenizer: Tokenizer, prompts: list[str], templated: bool) -> list[list[int]]:
     """Return the ids of prompts, opened as the tokenizer opens a text and not closed.
 
+    An end-of-sequence token that the tokenizer itself sets behind a text is taken off; one that a
+    prompt holds is the prompt's.
+
     Args:
         tokenizer: Tokenizes them all at once, on all cores if it is a fast one.
         prompts: The texts.
         templated: Whether the texts carry their special tokens already, as chat templates do.
     """
     encoded = _encode(tokenizer, prompts, special=not templated)
-    end = tokenizer.eos_token_id
-    return [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in encoded]
+    (plain,) = _encode(tokenizer, ["a"], special=not templated)  # holds no end of its own
+    if len(plain) < 2 or plain[-1] != tokenizer.eos_token_id:
+        return encoded
+    return [ids[:-1] if len(ids) > 1 else ids for ids in encoded]
 
 
 def encode_rows(

@@ -89,6 +89,15 @@ def test_ids_are_those_of_the_whole_dialogue(chat):
     assert data.train[0].input_ids.tolist() == whole[:-1]
 
 
+ENDED = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"  # asks with an end
+
+
+def test_ids_are_those_of_the_whole_dialogue_where_the_prompt_ends_in_the_end_token(chat):
+    data = chat([openai(TURNS)], template=ENDED)
+    whole = data.tokenizer.apply_chat_template(openai(TURNS)["messages"], tokenize=True)
+    assert data.train[0].input_ids.tolist() == whole["input_ids"]
+
+
 def test_both_forms_are_the_same(chat):
     first = chat([openai(TURNS)]).train[0]
     second = chat([sharegpt(TURNS)]).train[0]

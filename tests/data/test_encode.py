@@ -143,6 +143,35 @@ def test_a_tokenizer_that_closes_texts_does_not_close_the_prompt():
     assert encode_example(closing, "one", "fives").input_ids == [1, 13, 15, 2]
 
 
+class StoryTokenizer(WordTokenizer):
+    """As above, but a text may hold the end itself."""
+
+    def __call__(self, text: list[str], add_special_tokens: bool = True):
+        encoded = super().__call__(text, add_special_tokens)
+        for one, ids in zip(text, encoded["input_ids"], strict=True):
+            for place, word in enumerate(one.split(), int(add_special_tokens)):
+                if word == "</s>":
+                    ids[place] = self.eos_token_id
+        return encoded
+
+
+# The last tokenizer opens a text with its end, as GPT-2's does where told to.
+@pytest.mark.parametrize(("end", "closes"), [(2, False), (2, True), (1, False)])
+@pytest.mark.parametrize("prompt", ["one </s>", "</s>", "one </s> </s>", "</s> one", "one", ""])
+def test_an_end_that_the_prompt_holds_stays(end, closes, prompt):
+    ids = [end if word == "</s>" else len(word) + 10 for word in prompt.split()]
+    assert encode_prompt(StoryTokenizer(end, closes), prompt) == [1, *ids]
+
+
+def test_a_templated_prompt_keeps_its_end(tokenizer):
+    (ids,) = encode_prompts(tokenizer, ["Hi there</s>"], templated=True)
+    assert tokenizer.decode(ids) == "Hi there</s>"
+
+
+def test_a_real_prompt_keeps_its_end(tokenizer):
+    assert tokenizer.decode(encode_prompt(tokenizer, "Q: hi</s>")) == "<s>Q: hi</s>"
+
+
 def test_a_tokenizer_without_an_end_adds_none():
     tokenizer = WordTokenizer(eos_token_id=None)
     assert encode_example(tokenizer, "one", "fives") == Example([1, 13, 15], [IGNORED] * 2 + [15])
