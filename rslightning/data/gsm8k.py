@@ -11,6 +11,9 @@ from rslightning.data.encode import Turns
 MARK: Final = "####"
 """Stands before the final number of an answer."""
 
+WRITTEN: Final = re.compile(r"[\s$]*(-?\$?[0-9.,]+)")
+"""A number as it may be written behind the mark."""
+
 NUMBER: Final = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 
 
@@ -19,9 +22,11 @@ class GSM8K(TextDataModule):
     """Columns `question`, `answer`; the answer ends in `#### <number>`.
 
     An answer is right when its final number is the reference's, as in the evaluation of the data
-    set's authors (`grade_school_math/dataset.py` of openai/grade-school-math). Two differences, for
-    models that were not trained on the authors' form: numbers are compared as numbers, where the
-    authors compare texts (72 is 72.0), and the last mark counts, where theirs is the first.
+    set's authors (`grade_school_math/dataset.py` of openai/grade-school-math). Three differences,
+    for models that were not trained on the authors' form: numbers are compared as numbers, where
+    the authors compare texts (72 is `72.0`, `72.` and the beginning of `72.0.1`); the last mark
+    counts, where theirs is the first; and between mark and number any spaces and dollar signs may
+    stand, or none (`####72`, `#### -$72`), where theirs is one space.
     """
 
     columns = ("question", "answer")
@@ -40,9 +45,10 @@ class GSM8K(TextDataModule):
 def final_number(answer: str) -> Decimal | None:
     """Return the number that starts what stands after the last `####` on its line, or None.
 
-    Commas, dollar signs and spaces are left out: `#### $1,234.50.` is 1234.5.
+    A space ends it, as it does for the authors. Commas in it are left out, and dollar signs before
+    it: `#### $1,234.50.` is 1234.5, and `#### 3 1/2` is 3.
     """
     _, mark, rest = answer.rpartition(MARK)
-    line = re.sub(r"[,$\s]", "", rest.partition("\n")[0])
-    number = NUMBER.match(line)
-    return Decimal(number[0]) if mark and number else None
+    written = WRITTEN.match(rest.partition("\n")[0])
+    number = NUMBER.match(re.sub(r"[,$]", "", written[1])) if mark and written else None
+    return Decimal(number[0]) if number else None

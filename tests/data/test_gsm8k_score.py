@@ -1,8 +1,10 @@
 """The score of a GSM8K answer, against cases worked out by hand and the authors' own references."""
 
 import json
+import random
 import re
 from decimal import Decimal
+from typing import Final
 
 import pytest
 
@@ -25,7 +27,14 @@ def gsm8k_data(gsm8k_folder, model_folder):
         ("####  -5", "-5"),
         ("#### $1,234.50.", "1234.5"),
         ("#### -$3", "-3"),
-        ("#### $ 10 000", "10000"),
+        ("#### $-3", "-3"),
+        ("#### $ 10 000", "10"),
+        ("#### 18 2 apples", "18"),
+        ("#### 3 1/2", "3"),
+        ("#### 20 30", "20"),
+        ("#### 5$ 6", "5"),
+        ("#### 5$6", "5"),
+        ("#### - 5", None),
         ("#### .5", "0.5"),
         ("#### 72 apples", "72"),
         ("#### 72\nQuestion: How many are 99?", "72"),
@@ -42,6 +51,23 @@ def gsm8k_data(gsm8k_folder, model_folder):
 )
 def test_the_final_number(answer, number):
     assert final_number(answer) == (None if number is None else Decimal(number))
+
+
+AUTHORS: Final = re.compile(r"#### (\-?[0-9\.\,]+)")
+"""Of `grade_school_math/dataset.py` in openai/grade-school-math, which takes the commas out."""
+
+
+def test_where_the_form_is_the_authors_the_number_is_too():
+    """After one mark and one space: whatever follows the number, it is read as they read it."""
+    draw, read = random.Random(0), 0
+    for _ in range(5000):
+        rest = "".join(draw.choices(["1", "20", "7", ",", ".", "-", "$", " ", "/", "x", "%"], k=6))
+        match = AUTHORS.search(f"#### {rest}")
+        theirs = match[1].replace(",", "") if match else ""
+        if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", theirs):  # else it is no number, or `18.`
+            assert final_number(f"#### {rest}") == Decimal(theirs), rest
+            read += 1
+    assert read > 1000
 
 
 @pytest.mark.parametrize(
@@ -76,7 +102,7 @@ def test_real_references_are_right_and_read_as_the_authors_read_them(gsm8k, gsm8
     references = [row["answer"] for row in rows]
     assert len(references) == 1319
     for reference in references:
-        theirs = re.search(r"#### (-?[0-9.,]+)", reference)[1].replace(",", "")
+        theirs = AUTHORS.search(reference)[1].replace(",", "")
         assert final_number(reference) == Decimal(theirs)
         assert gsm8k_data.score_answer(reference, reference)
     agreeing = sum(map(gsm8k_data.score_answer, references[1:], references[:-1]))
