@@ -44,8 +44,12 @@ class Chat(TextDataModule):
     def setup(self, stage: str) -> None:
         """Open the caches, and look at how the template ends an answer."""
         super().setup(stage)
+        try:
+            whole = self._apply(PROBE)
+        except BadRowError:  # it wants another kind of dialogue, as a system turn before all
+            return
         end = self.tokenizer.eos_token
-        if end and not self.render({"messages": PROBE})[0][1].endswith(end):
+        if end and end not in whole.rpartition(PROBE[-1]["content"])[2]:
             rank_zero_warn(
                 f"The chat template of {self.tokenizer_name} does not end an answer with the "
                 f"tokenizer's end token {end!r}: generation needs another sign to stop at; see "
@@ -62,14 +66,27 @@ class Chat(TextDataModule):
             given = self._apply(messages[:number], open_answer=True)
             whole = self._apply(messages[: number + 1])
             if not (given.startswith(seen) and whole.startswith(given)):
-                raise BadRowError(
-                    f"the chat template of {self.tokenizer_name} rewrites earlier turns, so that "
-                    "the answer of a dialogue of several turns cannot be told from them"
-                )
+                raise self._rewriting(messages[:number], seen, given, whole)
             answer = _up_to_end(whole[len(given) :], self.tokenizer.eos_token)
             pairs.append((given[len(seen) :], answer))
             seen = given + answer
         return pairs
+
+    def _rewriting(
+        self, earlier: list[dict[str, str]], seen: str, given: str, whole: str
+    ) -> BadRowError:
+        """Return why an answer cannot be told from what stands before it."""
+        before = self._apply(earlier)
+        if given.startswith(seen) and given.startswith(before) and whole.startswith(before):
+            return BadRowError(
+                f"the chat template of {self.tokenizer_name} opens an answer with "
+                f"{given.removeprefix(before)!r}, but does not begin turn {len(earlier) + 1} with "
+                "it"
+            )
+        return BadRowError(
+            f"the chat template of {self.tokenizer_name} rewrites earlier turns, so that "
+            f"the answer of turn {len(earlier) + 1} cannot be told from them"
+        )
 
     def _apply(self, messages: list[dict[str, str]], open_answer: bool = False) -> str:
         if self.tokenizer.chat_template is None:

@@ -131,3 +131,33 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_matters(chat
     assert len(chat([openai(TURNS[:3])], template=FORGETFUL).train) == 1
     with pytest.raises(UserError, match="rewrites earlier turns"):
         chat([openai(TURNS)], template=FORGETFUL)
+
+
+THINKING = CHATML.replace("<|assistant|>", "<|assistant|><think>\n")  # opens an answer with more
+
+
+def test_an_answer_may_begin_with_what_the_template_opens_it_with(chat):
+    thought = openai([("user", "How many?"), ("assistant", "<think>\nhm</think>Two.")])
+    data = chat([thought, openai(TURNS[1:3])], template=THINKING, on_bad_row="skip")
+    (block,) = data.train
+    written = [label for label in block.labels.tolist() if label != IGNORED]
+    assert data.tokenizer.decode(written) == "hm</think>Two.</s>"
+    assert data.counts["training"].rows_skipped == 1
+
+
+def test_an_answer_that_does_not_begin_as_the_template_opens_it_is_named(chat, tmp_path):
+    with pytest.raises(UserError) as caught:
+        chat([openai(TURNS[:3])], template=THINKING)
+    opening = "<|assistant|><think>\n"
+    assert str(caught.value) == (
+        f"{tmp_path / 'rows.jsonl'}, row 1: the chat template of {tmp_path / 'tokenizer'} opens an "
+        f"answer with {opening!r}, but does not begin turn 3 with it; mend it, or count such rows "
+        "with data.on_bad_row: skip."
+    )
+
+
+def test_a_template_may_want_more_than_a_question_and_an_answer(chat):
+    system_first = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    )
+    assert len(chat([openai(TURNS)], template=system_first + CHATML).train) == 1
