@@ -109,7 +109,8 @@ def mark(tokenizer: Any, ids: Sequence[int], labels: Sequence[int], marks: Marks
     """Decode an example, its runs of targets and of the rest between their marks.
 
     A run is what it adds to the text before it: decoded alone it would lose its leading space,
-    which tokenizers of the Llama family put there and which the model sees.
+    which tokenizers of the Llama family put there and which the model sees. A character whose
+    tokens are in two runs stands in the latter.
 
     Args:
         tokenizer: Decodes the ids.
@@ -120,12 +121,15 @@ def mark(tokenizer: Any, ids: Sequence[int], labels: Sequence[int], marks: Marks
     Returns:
         The text.
     """
-    pieces, end, before = [], 0, ""
+    whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    pieces, end, start = [], 0, 0
     for is_target, run in groupby(labels, key=lambda label: label != IGNORED):
         end += len(list(run))
         text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
-        pieces.append(marks.wrap(text[len(before) :], is_target))
-        before = text
+        while not whole.startswith(text):  # it ends in a part of a character
+            text = text[:-1]
+        pieces.append(marks.wrap(whole[start : len(text)], is_target))
+        start = len(text)
     return "".join(pieces)
 
 

@@ -85,6 +85,36 @@ def test_the_space_that_a_tokenizer_sets_before_a_response_is_shown(shared_file)
     assert mark(tokenizer, prompt + response, labels) == "<s> Answer:\n« Yes é.</s>»"
 
 
+def byte_tokenizer():
+    """Return a tokenizer of bytes that opens no text, as GPT-2's and Qwen's are."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({piece: number for number, piece in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+@pytest.mark.parametrize(
+    ("text", "targets", "shown"),
+    [
+        ("\U0001f642 hi", range(1, 7), "«\U0001f642 hi»"),  # the first token is never a target
+        ("é hi", range(3, 5), "é «hi»"),
+        ("a é", [3], "a «é»"),
+        ("a éb", [2], "a «»éb"),  # only half of the letter is a target
+        ("\ufffd b", [4], "\ufffd «b»"),
+    ],
+)
+def test_a_character_of_several_tokens_is_whole(text, targets, shown):
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text.encode())
+    labels = [token if place in targets else IGNORED for place, token in enumerate(ids)]
+    assert mark(tokenizer, ids, labels) == shown
+
+
 def test_any_blocks_show_their_examples(unpacked_data):
     pairs = (("ask", " say"), ("Who?\n", "Tom."), ("more", " less"))
     blocks = make_blocks(unpacked_data, pairs[:2], pairs[2:], pairs[:1])
