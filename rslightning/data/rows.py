@@ -4,28 +4,28 @@ Rows are read in sweeps, table by table, so that memory does not grow with the d
 are, data sets of the Hub through `datasets`, which keeps a copy on disk unless they are streamed.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from rslightning.assets import resolve_asset
 from rslightning.data.cache import file_digest
+from rslightning.data.files import (
+    LOADERS,
+    Content,
+    TextUnit,
+    check_file,
+    file_tables,
+    python_rows,
+    reading,
+    reason,
+)
 from rslightning.errors import UserError
 
-LOADERS: Final = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".txt": "text",
-}
 VALIDATION_NAMES: Final = ("held_out", "heldout", "validation", "valid", "val", "dev")
 SPLIT_NAMES: Final = {
     "train": ("train",),
@@ -34,8 +34,6 @@ SPLIT_NAMES: Final = {
 }
 ROWS_PER_TABLE: Final = 1000
 NAMED: Final = 8  # columns, in an error
-
-TextUnit = Literal["line", "paragraph"]
 
 
 class Row(NamedTuple):
@@ -51,7 +49,17 @@ class Table(NamedTuple):
 
     place: str
     first: int
-    rows: pa.Table
+    rows: Content
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns."""
+        return list(self.rows[0]) if isinstance(self.rows, list) else self.rows.column_names
+
+    def after(self, count: int) -> "Table":
+        """Return the table without its first `count` rows."""
+        left = self.rows[count:] if isinstance(self.rows, list) else self.rows.slice(count)
+        return Table(self.place, self.first + count, left)
 
     def pick(self, indices: Sequence[int] | np.ndarray | None = None) -> list[Row]:
         """Return the rows at these positions of the table, or all of them.
@@ -60,16 +68,20 @@ class Table(NamedTuple):
             UserError: If a text is not UTF-8.
         """
         chosen = np.arange(len(self.rows)) if indices is None else np.asarray(indices, dtype=int)
-        rows = self.rows if indices is None else self.rows.take(chosen)
+        return [
+            Row(self.place, self.first + int(index), row)
+            for index, row in zip(chosen, self._values(chosen), strict=True)
+        ]
+
+    def _values(self, chosen: np.ndarray) -> list[dict[str, Any]]:
+        if isinstance(self.rows, list):
+            return [self.rows[index] for index in chosen]
+        rows = self.rows.take(chosen)
         try:
-            values = rows.to_pylist()
+            return python_rows(rows)
         except UnicodeDecodeError:
             number = self.first + int(chosen[_first_undecodable(rows)])
             raise UserError(f"{self.place}, row {number}, is not UTF-8 text.") from None
-        return [
-            Row(self.place, self.first + int(index), row)
-            for index, row in zip(chosen, values, strict=True)
-        ]
 
 
 class HubSplit(NamedTuple):
@@ -123,8 +135,7 @@ class Rows:
             yield from _number(self.source.name, tables)
             return
         for path in self.source:
-            with _reading(path):
-                yield from _number(str(path), _file_tables(path, self.text_unit, size))
+            yield from _number(str(path), file_tables(path, self.text_unit, size))
 
     def pick(self, numbers: np.ndarray | None = None) -> Iterator[Row]:
         """Yield the rows at these positions (ascending, from 0), or all of them, in one sweep."""
@@ -146,8 +157,7 @@ class Rows:
         Raises:
             UserError: As `tables`.
         """
-        names: list[str] = next(self.tables()).rows.column_names
-        return names
+        return next(self.tables()).columns
 
     def count(self) -> int:
         """Return the number of rows; all but Parquet files must be read for it."""
@@ -157,7 +167,7 @@ class Rows:
 
         total = 0
         for path in self.source:
-            with _reading(path):
+            with reading(path):
                 total += parquet.read_metadata(path).num_rows
         return total
 
@@ -208,7 +218,7 @@ def find_rows(
     else:
         return _find_on_hub(path, split, subset, streaming)
     for file in files:
-        _check_file(file)
+        check_file(file)
     return Rows(files, streaming, text_unit) if files else None
 
 
@@ -221,33 +231,7 @@ def check_columns(columns: Sequence[str], needed: Sequence[str], path: str) -> N
         raise UserError(f"{path} has no column {missing[0]!r}; its columns are {named}{others}.")
 
 
-def _file_tables(path: Path, text_unit: str, size: int) -> Iterator[pa.Table]:
-    """Yield a file's rows; nothing is copied to disk, and no more than a table kept in memory."""
-    import datasets
-    from pyarrow import parquet
-
-    kind = LOADERS[path.suffix]
-    if kind == "parquet":
-        # Read in step with whoever uses the rows. `datasets` reads Parquet with pyarrow's scanner,
-        # which runs ahead of a slow user until the whole file is in memory.
-        with parquet.ParquetFile(path, pre_buffer=False) as file:
-            for batch in file.iter_batches(size, use_threads=False):
-                yield pa.Table.from_batches([batch])
-        return
-    options = {"sample_by": text_unit} if kind == "text" else {}
-    rows = datasets.load_dataset(
-        kind, data_files=str(path), split="train", streaming=True, **options
-    ).with_format("arrow")
-    if kind == "text":
-        rows = rows.map(_drop_blank, batched=True)
-    yield from rows.iter(batch_size=size)
-
-
-def _drop_blank(rows: pa.Table) -> pa.Table:
-    return rows.filter(pc.not_equal(pc.utf8_trim_whitespace(rows["text"]), ""))
-
-
-def _number(place: str, tables: Iterable[pa.Table]) -> Iterator[Table]:
+def _number(place: str, tables: Iterable[Content]) -> Iterator[Table]:
     first = 1
     for table in tables:
         yield Table(place, first, table)
@@ -262,26 +246,6 @@ def _first_undecodable(rows: pa.Table) -> int:
         except UnicodeDecodeError:
             return index
     raise AssertionError("all rows are UTF-8")
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn what a reader says of a broken file into one sentence."""
-    import datasets
-
-    try:
-        yield
-    except UserError:
-        raise
-    except (
-        datasets.exceptions.DatasetGenerationError,
-        OSError,
-        ValueError,
-        pa.ArrowException,
-    ) as e:
-        if LOADERS[path.suffix] == "json":
-            _refuse_bad_line(path)
-        raise UserError(f"{path} cannot be read: {_reason(e)}.") from None
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
@@ -310,15 +274,6 @@ def _named_after(files: Sequence[Path], names: Sequence[str]) -> list[Path]:
     return []
 
 
-def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise UserError(f"{path} does not exist.")
-    if path.suffix not in LOADERS:
-        raise UserError(f"{path} is no {', '.join(LOADERS)} file.")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty.")
-
-
 def _find_on_hub(name: str, split: str, subset: str | None, streaming: bool) -> Rows | None:
     import datasets
 
@@ -327,27 +282,7 @@ def _find_on_hub(name: str, split: str, subset: str | None, streaming: bool) -> 
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name} is neither a file or folder here nor a data set that can be fetched: "
-            f"{_reason(error)}."
+            f"{reason(error)}."
         ) from None
     found = next((s for s in SPLIT_NAMES[split] if s in available), None)
     return Rows(HubSplit(name, subset, found), streaming) if found else None
-
-
-def _refuse_bad_line(path: Path) -> None:
-    """Raise `UserError` that names the first line that is no JSON object, if there is one."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                value = json.loads(line.decode("utf-8")) if line.strip() else {}
-            except UnicodeDecodeError:
-                raise UserError(f"{path}, line {number}, is not UTF-8 text.") from None
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}, is not JSON: {error}.") from None
-            if not isinstance(value, dict):
-                raise UserError(f"{path}, line {number}, is JSON, but no object of columns.")
-
-
-def _reason(error: Exception) -> str:
-    """Return the first line of what went wrong; `datasets` wraps the errors of its readers."""
-    lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".!")

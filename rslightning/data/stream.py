@@ -92,11 +92,10 @@ class ChunkReader:
         """Yield the rows of a pass chunk by chunk, without those that are held out."""
         skip = self.skip_rows
         for table in self.rows.tables(self.chunk_rows):
-            left = max(0, len(table.rows) - skip)
-            skip -= len(table.rows) - left
-            if left:
-                first = table.first + len(table.rows) - left
-                yield Table(table.place, first, table.rows.slice(len(table.rows) - left))
+            left_out = min(skip, len(table.rows))
+            skip -= left_out
+            if left_out < len(table.rows):
+                yield table.after(left_out)
 
     def _encode(self, position: Position, table: Table) -> Chunk:
         draw = random.Random(f"{self.seed}/{position.pass_number}/{position.chunk}")

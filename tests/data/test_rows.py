@@ -2,7 +2,9 @@ import json
 import os
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from rslightning.data.rows import check_columns, find_rows
 from rslightning.errors import UserError
@@ -195,10 +197,10 @@ def test_chosen_rows_come_in_one_sweep(tmp_path, kind):
 
 
 def test_text_that_is_not_utf8_is_named_by_its_row(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    lines = [b'{"text": "a"}\n'] * 1200
-    lines[1100] = b'{"text": "caf\xe9"}\n'
-    path.write_bytes(b"".join(lines))
+    path = tmp_path / "rows.parquet"
+    values = [b"a"] * 1200
+    values[1100] = b"caf\xe9"
+    parquet.write_table(pa.table({"text": pa.array(values, pa.binary()).view(pa.string())}), path)
     with pytest.raises(UserError) as caught:
         list(find_rows(str(path), "train").pick())
     assert str(caught.value) == f"{path}, row 1101, is not UTF-8 text."
