@@ -1,15 +1,16 @@
 """The rows of one file, read table by table: JSON lines, Parquet, CSV or plain text.
 
 Nothing is copied to disk, and no more than a table is kept in memory (of JSON that is not one
-object per line, the file). What JSON says is what a row holds: no type is guessed.
+object per line, the file). What JSON and CSV say is what a row holds: no type is guessed.
 """
 
 import codecs
+import csv
 import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
@@ -27,6 +28,7 @@ LOADERS: Final = {
 }
 SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 WHITESPACE: Final = re.compile(r"\s*")
+LONGEST_CELL: Final = 2**31 - 1
 
 TextUnit = Literal["line", "paragraph"]
 Content: TypeAlias = pa.Table | list[dict[str, Any]]
@@ -42,18 +44,18 @@ def file_tables(path: Path, text_unit: TextUnit, size: int) -> Iterator[Content]
         size: Rows per table.
 
     Raises:
-        UserError: If the file cannot be read; of JSON a line is named.
+        UserError: If the file cannot be read; of JSON and CSV a line is named.
     """
     kind = LOADERS[path.suffix]
     with reading(path):
         if kind == "json":
             yield from _in_tables(_json_rows(path), size)
         elif kind == "csv":
-            yield from _loaded("csv", path, size)
+            yield from _in_tables(_csv_rows(path), size)
         elif kind == "parquet":
             yield from _parquet_tables(path, size)
         else:
-            yield from _loaded("text", path, size, sample_by=text_unit)
+            yield from _text_tables(path, text_unit, size)
 
 
 def check_file(path: Path) -> None:
@@ -112,19 +114,39 @@ def _parquet_tables(path: Path, size: int) -> Iterator[pa.Table]:
             yield pa.Table.from_batches([batch])
 
 
-def _loaded(kind: str, path: Path, size: int, **options: Any) -> Iterator[pa.Table]:
+def _text_tables(path: Path, text_unit: TextUnit, size: int) -> Iterator[pa.Table]:
     import datasets
 
     rows = datasets.load_dataset(
-        kind, data_files=str(path), split="train", streaming=True, **options
-    ).with_format("arrow")
-    if kind == "text":
-        rows = rows.map(_drop_blank, batched=True)
-    yield from rows.iter(batch_size=size)
+        "text", data_files=str(path), split="train", streaming=True, sample_by=text_unit
+    )
+    yield from rows.with_format("arrow").map(_drop_blank, batched=True).iter(batch_size=size)
 
 
 def _drop_blank(rows: pa.Table) -> pa.Table:
     return rows.filter(pc.not_equal(pc.utf8_trim_whitespace(rows["text"]), ""))
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield rows of texts; the cells that a short line lacks are None."""
+    csv.field_size_limit(LONGEST_CELL)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        lines = filter(None, reader)  # blank lines are no rows
+        try:
+            names = next(lines, [])
+            repeated = next((name for name in names if name and names.count(name) > 1), None)
+            if repeated is not None:
+                raise UserError(f"{path} has more than one column {repeated!r}.")
+            for cells in lines:
+                if len(cells) > len(names):
+                    raise UserError(
+                        f"{path}, line {reader.line_num}, has {len(cells)} cells, "
+                        f"the first line {len(names)}."
+                    )
+                yield dict(zip_longest(names, cells))
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}, is not CSV: {error}.") from None
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:

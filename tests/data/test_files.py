@@ -1,5 +1,6 @@
 """What is read of a file is what the standard library reads of it."""
 
+import csv
 import json
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ from rslightning.data.rows import HubSplit, Rows, find_rows
 from rslightning.errors import UserError
 
 TEXT = 'line one\nthe "second" \\n \u00e9\U0001f600'
+QUOTED = 'line one\nthe "second", \\n'
 MIXED = [
     [{"prompt": "Q", "response": TEXT}, {"prompt": "Q", "response": 4}],
     [{"prompt": "Q", "response": TEXT}, {"prompt": "Q", "response": {"a": [TEXT]}}],
@@ -85,6 +87,44 @@ def test_what_is_no_row_is_named(tmp_path, content, message):
         values(path)
     assert str(caught.value).startswith(f"{path}{message}")
     assert "\n" not in str(caught.value)
+
+
+CELLS = ["42", "007", "None", "NA", "null", "True", "nan", "", "1e5", "2023-01-01", " x ", "\u00e9"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_csv_cells_are_texts(tmp_path, end):
+    rows = [{"prompt": f"Q{n}", "response": cell} for n, cell in enumerate([*CELLS, QUOTED])]
+    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["prompt", "response"], lineterminator=end)
+        writer.writeheader()
+        writer.writerows(rows)
+        file.write(end)
+    for size in (1, 1000):
+        assert values(tmp_path / "rows.csv", size) == rows
+
+
+def test_cells_that_a_csv_line_lacks_are_null(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"a,b,,\n1\n1,{'x' * 200_000},,\n")
+    assert values(path) == [{"a": "1", "b": None, "": None}, {"a": "1", "b": "x" * 200_000, "": ""}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b\n1,2\n\n1,2,3,4\n", ", line 4, has 4 cells, the first line 2."),
+        ("a,b\n1,2,3\n", ", line 2, has 3 cells, the first line 2."),
+        ('a,b\n1,"2\n3,4\n', ", line 3, is not CSV: unexpected end of data."),
+        ("a,b,a\n1,2,3\n", " has more than one column 'a'."),
+    ],
+)
+def test_a_csv_line_that_does_not_fit_is_named(tmp_path, content, message):
+    path = tmp_path / "rows.csv"
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        values(path)
+    assert str(caught.value) == f"{path}{message}"
 
 
 def test_parquet_columns_that_hold_json_are_decoded(tmp_path):
