@@ -76,7 +76,7 @@ class Table(NamedTuple):
     def _values(self, chosen: np.ndarray) -> list[dict[str, Any]]:
         if isinstance(self.rows, list):
             return [self.rows[index] for index in chosen]
-        rows = self.rows.take(chosen)
+        rows = _take(self.rows, chosen)
         try:
             return python_rows(rows)
         except UnicodeDecodeError:
@@ -236,6 +236,13 @@ def _number(place: str, tables: Iterable[Content]) -> Iterator[Table]:
     for table in tables:
         yield Table(place, first, table)
         first += len(table)
+
+
+def _take(rows: pa.Table, chosen: np.ndarray) -> pa.Table:
+    try:
+        return rows.take(chosen)
+    except pa.ArrowNotImplementedError:  # of some types, as string_view
+        return pa.concat_tables([rows.slice(0, 0), *(rows.slice(int(n), 1) for n in chosen)])
 
 
 def _first_undecodable(rows: pa.Table) -> int:

@@ -206,6 +206,29 @@ def test_text_that_is_not_utf8_is_named_by_its_row(tmp_path):
     assert str(caught.value) == f"{path}, row 1101, is not UTF-8 text."
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string_view(),
+        pa.large_string(),
+        pa.dictionary(pa.int8(), pa.string()),
+        pa.list_(pa.string_view()),
+        pa.struct({"a": pa.string_view()}),
+    ],
+    ids=str,
+)
+def test_chosen_rows_may_be_texts_of_any_kind(tmp_path, kind):
+    texts = [f"a text of some length, {number}" for number in range(5)]
+    if pa.types.is_nested(kind):
+        texts = [[text] if pa.types.is_list(kind) else {"a": text} for text in texts]
+    parquet.write_table(pa.table({"text": pa.array(texts, kind)}), tmp_path / "rows.parquet")
+    rows = find_rows(str(tmp_path / "rows.parquet"), "train")
+    assert [row.values["text"] for row in rows.pick()] == texts
+    chosen = rows.pick(np.array([1, 2, 4]))
+    assert [row.values["text"] for row in chosen] == [texts[1], texts[2], texts[4]]
+    assert list(rows.pick(np.array([], dtype=int))) == []
+
+
 def test_a_missing_column_is_named_beside_those_there_are():
     check_columns(["question", "answer"], ["answer"], "data")
     with pytest.raises(UserError) as caught:
