@@ -163,6 +163,7 @@ DATA_ROWS = [
     Case("a value is a number", f"{FIT} {DATA}", 2, partial(rows, *[GOOD_ROW | {"response": 7}] * 9)),
     Case("a value is null", f"{FIT} {DATA}", 2, partial(rows, *[GOOD_ROW] * 9, GOOD_ROW | {"question": None})),
     Case("an answer is empty", f"{FIT} {DATA}", 2, partial(rows, *[GOOD_ROW] * 9, GOOD_ROW | {"response": ""})),
+    Case("no row is good", f"{FIT} {DATA} --data.on_bad_row skip", 2, partial(rows, *[GOOD_ROW | {"response": 7}] * 9)),
     Case("no row is short enough", f"{FIT} --data.max_length 2"),
     Case("the held-out rows are all rows", f"{FIT} --data.path bad.jsonl --data.held_out_examples 3", 2,
          partial(rows, *[GOOD_ROW] * 3)),

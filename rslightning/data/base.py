@@ -55,7 +55,8 @@ class TextDataModule(LightningDataModule, ABC):
             validation or test split, or from the training rows where it has none; null takes the
             whole split.
         train_on_prompt: Whether the prompts' tokens are targets too.
-        on_bad_row: `error` stops at a row that cannot be used; `skip` counts it.
+        on_bad_row: `error` stops at a row that cannot be used; `skip` counts it, as long as there
+            are others.
         seed: Draws the subset and the order of the rows.
         num_workers: Processes that read and collate batches ahead.
         streaming: Encode and pack the training rows as they are read, for data that is too large

@@ -66,6 +66,7 @@ class RowEncoder:
     def __init__(self, encoding: Encoding, keep_texts: bool = False) -> None:
         self.encoding, self.keep_texts = encoding, keep_texts
         self.counts = Counts()
+        self.first_skipped = ""  # where it stands, and why
         self.texts: list[tuple[str, str]] = []
 
     def encode(self, rows: Iterable[Row]) -> Iterator[Example]:
@@ -93,12 +94,13 @@ class RowEncoder:
                     raise BadRowError("there is no response to learn from")
                 yield turns
             except BadRowError as error:
+                wrong = f"{place}, row {number}: {error}"
                 if not self.encoding.skip_bad_rows:
                     raise UserError(
-                        f"{place}, row {number}: {error}; mend it, or count such rows with "
-                        "data.on_bad_row: skip."
+                        f"{wrong}; mend it, or count such rows with data.on_bad_row: skip."
                     ) from None
                 self.counts.rows_skipped += 1
+                self.first_skipped = self.first_skipped or wrong
 
     def _checked(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the row with its optional nulls as empty texts, every other column a text."""
@@ -132,12 +134,13 @@ def write_part(
         seed: Draws which of the examples of the same length share a block.
 
     Raises:
-        UserError: If a row cannot be used and is not to be skipped.
+        UserError: If a row cannot be used and is not to be skipped, or none can.
     """
     encoder = RowEncoder(encoding, keep_texts)
     single = folder / "encoded.arrow"
     with tqdm(rows, total=total, desc="tokenizing", unit="row", leave=False) as shown:
         write_blocks(single, ([example] for example in encoder.encode(shown)))
+    refuse_if_all_skipped(encoder.counts, encoder.first_skipped)
     if encoding.packing:
         encoded = Blocks(single)
         order = np.random.RandomState(seed % 2**32).permutation(len(encoded))
@@ -149,6 +152,15 @@ def write_part(
         single.rename(folder / BLOCKS_FILE)
     (folder / COUNTS_FILE).write_text(json.dumps(encoder.counts.as_dict()), encoding="utf-8")
     (folder / TEXTS_FILE).write_text(json.dumps(encoder.texts), encoding="utf-8")
+
+
+def refuse_if_all_skipped(counts: Counts, first: str) -> None:
+    """Raise `UserError` that names the `first` bad row if there was no other kind."""
+    if counts.rows_skipped and not counts.rows:
+        raise UserError(
+            f"No row can be used: {counts.rows_skipped} bad rows were skipped, the first of them "
+            f"{first}."
+        )
 
 
 def last_pair(turns: Turns) -> tuple[str, str]:

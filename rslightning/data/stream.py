@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from rslightning.data.blocks import Block, count_targets, join
-from rslightning.data.build import Encoding, RowEncoder
+from rslightning.data.build import Encoding, RowEncoder, refuse_if_all_skipped
 from rslightning.data.encode import Counts
 from rslightning.data.packing import pack
 from rslightning.data.rows import Rows, Table
@@ -39,11 +39,12 @@ class Position(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Packed rows, and what became of those that were cut."""
+    """Packed rows, what became of those that were cut, and the first bad one that was skipped."""
 
     position: Position
     blocks: list[Block]
     counts: Counts
+    first_skipped: str
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class ChunkReader:
             groups = pack([len(e.input_ids) for e in examples], self.encoding.max_length)
         blocks = [join([examples[index] for index in group]) for group in groups]
         draw.shuffle(blocks)
-        return Chunk(position, blocks, encoder.counts)
+        return Chunk(position, blocks, encoder.counts, encoder.first_skipped)
 
 
 class StreamLoader(Generic[T]):
@@ -188,7 +189,7 @@ class StreamLoader(Generic[T]):
 
     def _batches(self, start: Position) -> Iterator[tuple[Position, list[Block]]]:
         """Yield this process's batches from `start` on."""
-        empty_since = start.pass_number
+        empty_since, empty, first_skipped = start.pass_number, Counts(), ""
         for chunk in self._chunks(start):
             self.on_chunk(chunk.counts)
             here = chunk.position
@@ -196,9 +197,12 @@ class StreamLoader(Generic[T]):
             for number in range(skip, -(-len(chunk.blocks) // self.batch_size)):
                 first = number * self.batch_size
                 yield here._replace(batch=number), chunk.blocks[first : first + self.batch_size]
+            empty.add(chunk.counts)
+            first_skipped = first_skipped or chunk.first_skipped
             if chunk.blocks:
-                empty_since = here.pass_number
+                empty_since, empty, first_skipped = here.pass_number, Counts(), ""
             elif here.pass_number - empty_since > self.reader.world_size:
+                refuse_if_all_skipped(empty, first_skipped)
                 raise UserError(
                     f"No row of {self.reader.rows.name} has a target within max_length = "
                     f"{self.reader.encoding.max_length} tokens; raise data.max_length."

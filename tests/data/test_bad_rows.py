@@ -46,6 +46,21 @@ def test_a_value_of_another_type_is_named(tmp_path, model_folder):
         gsm8k(path, model_folder)
 
 
+@pytest.mark.parametrize("held_out_examples", [0, 1])
+def test_a_fit_without_any_good_row_is_refused(tmp_path, model_folder, held_out_examples):
+    path = write(tmp_path / "rows.jsonl", [{"question": "Q", "answer": n} for n in range(4)])
+    options = {"held_out_examples": held_out_examples, "on_bad_row": "skip"}
+    for _ in range(2):
+        data = GSM8K(str(path), str(model_folder), **options)
+        with pytest.raises(UserError) as caught:
+            data.setup("fit")
+    skipped = held_out_examples or 4  # what is held out is read first
+    assert str(caught.value) == (
+        f"No row can be used: {skipped} bad rows were skipped, the first of them "
+        f"{path}, row 1: column 'answer' is 0, not a text."
+    )
+
+
 def test_a_system_prompt_may_be_null(tmp_path, model_folder):
     rows = [{"system_prompt": None, "question": "Q", "response": "R"}] * 2
     path = write(tmp_path / "rows.jsonl", rows)

@@ -209,6 +209,19 @@ def test_a_stream_without_a_target_ends_with_a_sentence(stream):
         take(loader(data), 1)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_of_bad_rows_alone_ends_with_the_first_of_them(tmp_path, model_folder, workers):
+    good = {"system_prompt": "", "question": "Q", "response": "R"}
+    lines = [good] * 2 + [good | {"response": None}] * 8
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"streaming": True, "held_out_examples": 2, "shuffle_buffer": 10}
+    data = OpenOrca(str(path), str(model_folder), num_workers=workers, on_bad_row="skip", **options)
+    data.setup("fit")
+    with pytest.raises(UserError, match=r"^No row can be used: \d+ bad rows were skipped, the fir"):
+        take(loader(data), 1)
+
+
 def test_a_stream_that_is_held_out_as_a_whole_is_refused(orca_folder, model_folder):
     path = str(orca_folder / "train.jsonl")
     data = OpenOrca(path, str(model_folder), held_out_examples=24, streaming=True)
