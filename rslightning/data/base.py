@@ -44,7 +44,7 @@ class TextDataModule(LightningDataModule, ABC):
     A subclass names its columns and renders a row; everything else is here.
 
     Args:
-        path: Hub name, folder (one file per split) or file (JSON lines, Parquet, CSV, plain text).
+        path: Hub name, folder (files named after their splits) or file (JSON, Parquet, CSV, text).
         tokenizer: Hub name or folder of the tokenizer; the command line fills in the base model's.
         max_length: Tokens per example and per block; longer examples are cut, and counted.
         batch_size: Rows per batch and device: blocks where packed, else examples.

@@ -26,6 +26,7 @@ LOADERS: Final = {
     ".csv": "csv",
     ".txt": "text",
 }
+COMPRESSED: Final = (".gz", ".bz2", ".xz", ".zst", ".zip")
 SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 WHITESPACE: Final = re.compile(r"\s*")
 LONGEST_CELL: Final = 2**31 - 1
@@ -62,6 +63,8 @@ def check_file(path: Path) -> None:
     """Raise `UserError` unless a file is there and of a kind that can be read."""
     if not path.exists():
         raise UserError(f"{path} does not exist.")
+    if path.suffix in COMPRESSED:
+        raise UserError(f"{path} is compressed; unpack it first.")
     if path.suffix not in LOADERS:
         raise UserError(f"{path} is no {', '.join(LOADERS)} file.")
     if path.stat().st_size == 0:

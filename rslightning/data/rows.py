@@ -4,7 +4,6 @@ Rows are read in sweeps, table by table, so that memory does not grow with the d
 are, data sets of the Hub through `datasets`, which keeps a copy on disk unless they are streamed.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -24,14 +23,9 @@ from rslightning.data.files import (
     reading,
     reason,
 )
+from rslightning.data.splits import SPLIT_NAMES, files_of_split
 from rslightning.errors import UserError
 
-VALIDATION_NAMES: Final = ("held_out", "heldout", "validation", "valid", "val", "dev")
-SPLIT_NAMES: Final = {
-    "train": ("train",),
-    "held_out": (*VALIDATION_NAMES, "test"),
-    "test": ("test", *VALIDATION_NAMES),
-}
 ROWS_PER_TABLE: Final = 1000
 NAMED: Final = 8  # columns, in an error
 
@@ -195,10 +189,8 @@ def find_rows(
     """Return the rows of one split, or None where the data has no such split.
 
     Args:
-        path: Hub name, folder or single file (which is the training split), or `asset:NAME`. In a
-            folder the files of a split are named after it, perhaps with a number
-            (`train-00000-of-00002.parquet`); where none is named after any split, all are training
-            rows.
+        path: Hub name, folder (see `files_of_split`) or single file (which is the training split),
+            or `asset:NAME`.
         split: `train`, `held_out` (a validation split, else the test split) or `test` (the other
             way round).
         subset: Configuration of a Hub data set that has several.
@@ -206,11 +198,11 @@ def find_rows(
         text_unit: See `Rows`.
 
     Raises:
-        UserError: If nothing readable is at `path`.
+        UserError: If nothing readable is at `path`, or it is not clear which files are the split's.
     """
     local = Path(resolve_asset(path)).expanduser()
     if local.is_dir():
-        files = _files_of_split(local, split)
+        files = files_of_split(local, split)
     elif local.suffix in LOADERS or local.exists():
         files = [local] if split == "train" else []
     elif path.startswith((".", "/", "~")):
@@ -255,32 +247,6 @@ def _first_undecodable(rows: pa.Table) -> int:
     raise AssertionError("all rows are UTF-8")
 
 
-def _files_of_split(folder: Path, split: str) -> list[Path]:
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in LOADERS]
-    if not files:
-        raise UserError(f"{folder} holds no {', '.join(LOADERS)} file.")
-    if named := _named_after(files, SPLIT_NAMES[split]):
-        return named
-    if split != "train":
-        return []
-    if any(_named_after(files, names) for names in SPLIT_NAMES.values()):
-        listed = ", ".join(path.name for path in files)
-        raise UserError(f"{folder} has no file named after the split train; it has {listed}.")
-    return files
-
-
-def _named_after(files: Sequence[Path], names: Sequence[str]) -> list[Path]:
-    """Return the first file of a split, with those that continue its numbering."""
-    for name in names:
-        pattern = re.compile(rf"(?:.*_)?{name}(-\d+-of-\d+)?")
-        matches = [(path, match) for path in files if (match := pattern.fullmatch(path.stem))]
-        if matches and matches[0][1][1]:
-            return [path for path, match in matches if match[1]]
-        if matches:
-            return [matches[0][0]]
-    return []
-
-
 def _find_on_hub(name: str, split: str, subset: str | None, streaming: bool) -> Rows | None:
     import datasets
 
@@ -291,5 +257,5 @@ def _find_on_hub(name: str, split: str, subset: str | None, streaming: bool) -> 
             f"{name} is neither a file or folder here nor a data set that can be fetched: "
             f"{reason(error)}."
         ) from None
-    found = next((s for s in SPLIT_NAMES[split] if s in available), None)
+    found = next((s for names in SPLIT_NAMES[split] for s in names if s in available), None)
     return Rows(HubSplit(name, subset, found), streaming) if found else None

@@ -154,7 +154,8 @@ def test_a_folder_with_another_split_and_no_training_split_lists_its_files(tmp_p
     with pytest.raises(UserError) as caught:
         load_rows(str(tmp_path), "train")
     assert str(caught.value) == (
-        f"{tmp_path} has no file named after the split train; it has a.jsonl, test.jsonl."
+        f"{tmp_path} has no file named after the split train; it has a.jsonl, test.jsonl. "
+        "Name the training rows train.jsonl, say, or give the path of their file."
     )
 
 
@@ -167,6 +168,81 @@ def test_numbered_files_of_a_split_follow_one_another(tmp_path):
     assert texts(tmp_path, "held_out") == ["held out"]
     places = [(row.place, row.number) for row in find_rows(str(tmp_path), "train").pick()]
     assert places == [(f"{tmp_path}/train-0000{n}-of-00003.jsonl", 1) for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train-00000-of-00001-a09b74b3ef9c3b56", "test-00000-of-00001-0a1804bcb6ae68c6"),
+        ("gsm8k-train", "gsm8k-test"),
+        ("Train", "Test"),
+        ("gsm8kTrain", "gsm8kTest"),
+        ("training", "testing"),
+        ("data.train", "data.eval"),
+        ("train_1", "held-out"),
+    ],
+)
+def test_splits_are_told_by_the_names_in_use(tmp_path, train, test):
+    write(tmp_path / f"{train}.jsonl", json.dumps({"text": "train"}))
+    write(tmp_path / f"{test}.jsonl", json.dumps({"text": "test"}))
+    write(tmp_path / "other.jsonl", json.dumps({"text": "neither"}))
+    write(tmp_path / "._train.jsonl", "of another system")
+    assert texts(tmp_path) == ["train"]
+    assert texts(tmp_path, "held_out") == texts(tmp_path, "test") == ["test"]
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"), [("train_{}", range(1, 12)), ("Train{}", (3, 20)), ("x-train.{}", (0, 1))]
+)
+def test_parts_are_in_the_order_of_their_numbers(tmp_path, name, numbers):
+    for number in numbers:
+        write(tmp_path / f"{name.format(number)}.jsonl", json.dumps({"text": number}))
+    assert texts(tmp_path) == [*numbers]
+
+
+SEVERAL = "has several files of the split train, not numbered as its parts: "
+KEEP = ". Keep one, or name them train-00000-of-00002 and so on."
+NONE = "has no file named after the split train; it has "
+NAME = ". Name the training rows train.jsonl, say, or give the path of their file."
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["code_train.jsonl", "math_train.jsonl"], f"{SEVERAL}{{}}{KEEP}"),
+        (["train.jsonl", "train.parquet"], f"{SEVERAL}{{}}{KEEP}"),
+        (["train.jsonl", "train.jsonl.gz"], f"{SEVERAL}{{}}{KEEP}"),
+        (["train-00000-of-00001.jsonl", "train.jsonl"], f"{SEVERAL}{{}}{KEEP}"),
+        (["train-0-of-2.jsonl", "train-0-of-2-a09b74b3ef9c3b56.jsonl"], f"{SEVERAL}{{}}{KEEP}"),
+        (["train_1.jsonl", "training_2.jsonl"], f"{SEVERAL}{{}}{KEEP}"),
+        (
+            ["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"],
+            "lacks some of the 3 parts of the split train; it has {}.",
+        ),
+        (
+            [f"train-{number}-of-9.jsonl" for number in range(8)],
+            "lacks some of the 9 parts of the split train; it has train-0-of-9.jsonl, train-1-of-9."
+            "jsonl, train-2-of-9.jsonl, train-3-of-9.jsonl, train-4-of-9.jsonl, train-5-of-9.jsonl "
+            "and 2 more.",
+        ),
+        (["dev-v2.0.json", "train-v2.0.json"], f"{NONE}{{}}{NAME}"),
+        (["test_data.csv", "train_data.csv"], f"{NONE}{{}}{NAME}"),
+    ],
+)
+def test_files_that_may_not_be_the_whole_split_are_refused(tmp_path, names, message):
+    for name in names:
+        write(tmp_path / name)
+    with pytest.raises(UserError) as caught:
+        load_rows(str(tmp_path), "train")
+    assert str(caught.value) == f"{tmp_path} {message.format(', '.join(sorted(names)))}"
+
+
+def test_a_compressed_file_is_named(tmp_path):
+    for path in (tmp_path, tmp_path / "train.jsonl.gz"):
+        write(tmp_path / "train.jsonl.gz")
+        with pytest.raises(UserError) as caught:
+            load_rows(str(path), "train")
+        assert str(caught.value) == f"{tmp_path}/train.jsonl.gz is compressed; unpack it first."
 
 
 def test_the_test_split_comes_first_where_a_test_is_asked_for(tmp_path):
