@@ -1,6 +1,5 @@
 """The base of all DataModules: rows -> turns -> ids and labels -> packed blocks -> `Batch`."""
 
-import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from rslightning.data.parts import Partition
 from rslightning.data.rows import Rows, TextUnit, check_columns, find_rows
 from rslightning.data.steps import OptimizerSteps
 from rslightning.data.stream import ChunkReader, Position, StreamLoader
+from rslightning.data.template import template_source
 from rslightning.data.tokenizer import load_tokenizer, tokenizer_identity
 from rslightning.errors import UserError
 
@@ -41,7 +41,8 @@ SETTINGS: Final = (
 class TextDataModule(LightningDataModule, ABC):
     """Prompts and responses of one data set, tokenized, masked, packed and batched.
 
-    A subclass names its columns and renders a row; everything else is here.
+    A subclass names its columns and renders a row; everything else is here. What it renders is
+    kept, tokenized, until its code changes (see `template_source` for what is seen of that).
 
     Args:
         path: Hub name, folder (files named after their splits) or file (JSON, Parquet, CSV, text).
@@ -326,7 +327,7 @@ class TextDataModule(LightningDataModule, ABC):
                 "rows": self._partition.identity(rows, name, own_split),
                 "own_split": own_split,
                 "tokenizer": tokenizer_identity(self.tokenizer),
-                "template": _source(type(self)),
+                "template": template_source(type(self), TextDataModule),
                 "settings": {name: getattr(self, name) for name in (*SETTINGS, *self.settings)},
             }
         )
@@ -351,11 +352,3 @@ class TextDataModule(LightningDataModule, ABC):
 
 def _is_on_gpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda"
-
-
-def _source(kind: type) -> str:
-    """Return the code of a DataModule, so that another template has another cache."""
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):  # typed into an interpreter
-        return kind.__qualname__
