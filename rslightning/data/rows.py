@@ -169,7 +169,7 @@ class Rows:
         """Return JSON values that change when the rows do, without tokenizing them."""
         if isinstance(self.source, HubSplit):
             return [*self.source, self._hub_set()._fingerprint]
-        return [file_digest(path) for path in self.source]
+        return [[file_digest(path), LOADERS[path.suffix]] for path in self.source]
 
     def _hub_set(self) -> Any:
         import datasets

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 import rslightning.data.build
-from rslightning.data import OpenOrca
+from rslightning.data import OpenOrca, PlainText
 from rslightning.data.cache import cache_key, cached_folder, file_digest
 from rslightning.errors import RunError
 from rslightning.manifest import MANIFEST_FILE
@@ -102,6 +102,20 @@ def test_other_rows_template_or_tokenizer_is_another_cache(
     content["post_processor"] = None
     tokenizer.write_text(json.dumps(content))
     assert len(keys(tokenizer=tmp_path / "model")) == 2
+
+
+def test_the_same_bytes_in_another_format_are_other_rows(cache, model_folder, tmp_path):
+    def texts(name):
+        data = PlainText(
+            str(tmp_path / name), str(model_folder), held_out_examples=0, packing=False
+        )
+        data.setup("fit")
+        return [data.tokenizer.decode(block.input_ids) for block in data.train]
+
+    (tmp_path / "rows.txt").write_text('{"text": "Once"}\n')
+    assert texts("rows.txt") == ['<s>{"text": "Once"}</s>']
+    (tmp_path / "rows.txt").rename(tmp_path / "rows.jsonl")
+    assert texts("rows.jsonl") == ["<s>Once</s>"]
 
 
 def test_a_build_that_fails_leaves_nothing(cache):
