@@ -118,6 +118,23 @@ def test_the_same_bytes_in_another_format_are_other_rows(cache, model_folder, tm
     assert texts("rows.jsonl") == ["<s>Once</s>"]
 
 
+@pytest.mark.parametrize("name", ["blocks.arrow", "texts.json"])
+def test_a_damaged_cache_is_built_anew(cache, make_data, name):
+    first = make_data()
+    first.setup("fit")
+    expected = arrays(first)
+    for folder in folders(cache):
+        path = cache / folder / name
+        content = path.read_bytes()
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        assert path.stat().st_size == len(content)
+    second = make_data()
+    second.setup("fit")
+    assert arrays(second) == expected
+    assert second.held_out_rows == first.held_out_rows
+
+
 def test_a_build_that_fails_leaves_nothing(cache):
     def build(folder):
         (folder / "half").write_text("?")
