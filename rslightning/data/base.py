@@ -94,10 +94,15 @@ class TextDataModule(LightningDataModule, ABC):
         shuffle_buffer: int = 2000,
     ) -> None:
         super().__init__()
-        sizes = {"max_length": max_length, "batch_size": batch_size}
-        for name, value in (sizes | {"shuffle_buffer": shuffle_buffer}).items():
-            if value < 1:
-                raise UserError(f"data.{name} must be at least 1, got {value}.")
+        for name, value, least, null in (
+            ("max_length", max_length, 1, ""),
+            ("batch_size", batch_size, 1, ""),
+            ("shuffle_buffer", shuffle_buffer, 1, ""),
+            ("num_examples", num_examples, 1, ", or null for all rows"),
+            ("held_out_examples", held_out_examples, 0, ", or null for a whole split"),
+        ):
+            if value is not None and value < least:
+                raise UserError(f"data.{name} must be at least {least}{null}, got {value}.")
         if streaming and num_examples is not None:
             raise UserError(
                 "data.num_examples draws from all rows, which a stream has not read: leave it null "

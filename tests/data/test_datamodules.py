@@ -182,6 +182,20 @@ def test_sizes_below_one_are_refused(orca, option):
         orca(**{option: 0})
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "least"),
+    [
+        ("num_examples", 0, "1, or null for all rows"),
+        ("num_examples", -1, "1, or null for all rows"),
+        ("held_out_examples", -1, "0, or null for a whole split"),
+    ],
+)
+def test_numbers_of_rows_that_cannot_be_drawn_are_refused(orca, option, value, least):
+    with pytest.raises(UserError) as caught:
+        orca(**{option: value})
+    assert str(caught.value) == f"data.{option} must be at least {least}, got {value}."
+
+
 def test_holding_out_everything_is_refused(orca, orca_folder):
     path = str(orca_folder / "train.jsonl")
     with pytest.raises(UserError) as caught:
