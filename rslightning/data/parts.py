@@ -64,7 +64,8 @@ class Partition:
         if not self.streaming:
             return rows.identity()
         chosen = rows.pick(self.select(rows, part, own_split))
-        return hashlib.sha256(json.dumps([row.values for row in chosen]).encode()).hexdigest()
+        text = json.dumps([row.values for row in chosen], default=repr)  # dates and bytes, too
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def _draw(self, name: str, total: int, count: int) -> np.ndarray:
         """Return `count` of `total` positions (or all), ascending; fewer are a subset of more."""

@@ -1,7 +1,10 @@
+import datetime
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from rslightning.data.parts import Partition
 from rslightning.data.rows import find_rows
@@ -72,6 +75,16 @@ def test_a_stream_is_known_by_the_rows_that_are_held_out(rows, tmp_path):
 
     assert identity(30) == before
     assert identity(3) != before
+
+
+def test_a_stream_may_have_columns_that_json_has_no_form_for(tmp_path):
+    def identity(day):
+        columns = {"text": ["a"], "date": [datetime.date(2023, 1, day)], "bytes": [b"\xff"]}
+        parquet.write_table(pa.table(columns), tmp_path / "rows.parquet")
+        rows = find_rows(str(tmp_path / "rows.parquet"), "train")
+        return partition(streaming=True).identity(rows, "held-out", own_split=False)
+
+    assert identity(1) == identity(1) != identity(2)
 
 
 def test_nothing_left_to_train_on_is_refused(rows):
