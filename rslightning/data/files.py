@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from rslightning.data.text_file import TextUnit, text_tables
 from rslightning.errors import UserError
 
 LOADERS: Final = {
@@ -31,7 +31,6 @@ SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 WHITESPACE: Final = re.compile(r"\s*")
 LONGEST_CELL: Final = 2**31 - 1
 
-TextUnit = Literal["line", "paragraph"]
 Content: TypeAlias = pa.Table | list[dict[str, Any]]
 """Rows in succession: as columns, not yet values, or each with its values."""
 
@@ -41,7 +40,7 @@ def file_tables(path: Path, text_unit: TextUnit, size: int) -> Iterator[Content]
 
     Args:
         path: A file whose suffix is among `LOADERS`.
-        text_unit: What a row of a text file is: a `line` that is not blank, or a `paragraph`.
+        text_unit: What a row of a text file is; see `text_tables`.
         size: Rows per table.
 
     Raises:
@@ -56,7 +55,7 @@ def file_tables(path: Path, text_unit: TextUnit, size: int) -> Iterator[Content]
         elif kind == "parquet":
             yield from _parquet_tables(path, size)
         else:
-            yield from _text_tables(path, text_unit, size)
+            yield from text_tables(path, text_unit, size)
 
 
 def check_file(path: Path) -> None:
@@ -115,19 +114,6 @@ def _parquet_tables(path: Path, size: int) -> Iterator[pa.Table]:
     with parquet.ParquetFile(path, pre_buffer=False) as file:
         for batch in file.iter_batches(size, use_threads=False):
             yield pa.Table.from_batches([batch])
-
-
-def _text_tables(path: Path, text_unit: TextUnit, size: int) -> Iterator[pa.Table]:
-    import datasets
-
-    rows = datasets.load_dataset(
-        "text", data_files=str(path), split="train", streaming=True, sample_by=text_unit
-    )
-    yield from rows.with_format("arrow").map(_drop_blank, batched=True).iter(batch_size=size)
-
-
-def _drop_blank(rows: pa.Table) -> pa.Table:
-    return rows.filter(pc.not_equal(pc.utf8_trim_whitespace(rows["text"]), ""))
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:

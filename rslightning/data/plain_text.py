@@ -12,7 +12,7 @@ class PlainText(TextDataModule):
     """Column `text`; blank lines of a text file are no rows.
 
     Args:
-        document: What one row of a text file is: a `line`, or a `paragraph` up to a blank line.
+        document: What one row of a text file is: a `line`, or a `paragraph` between blank lines.
         options: Arguments of `TextDataModule`.
     """
 

@@ -92,7 +92,7 @@ class Rows:
     Args:
         source: Local files, whose rows follow one another, or a split on the Hub.
         streaming: Whether a Hub data set is read over the network instead of kept on disk.
-        text_unit: What a row of a text file is: a `line` that is not blank, or a `paragraph`.
+        text_unit: What a row of a text file is; see `text_tables`.
     """
 
     def __init__(
