@@ -54,6 +54,15 @@ class ModelFolder:
         """Names of all tensors."""
         return {name for names in self.shards.values() for name in names}
 
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of all tensors."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file, names in self.shards.items():
+            with open_tensors(self.path / file) as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+        return shapes
+
     def check_weights(self) -> None:
         """Raise `UserError` unless every weight file is there, readable and of its whole size."""
         _ = self.shards

@@ -23,6 +23,7 @@ from rslightning.errors import RunError, UserError
 from rslightning.model_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, ModelFolder, unique_key
 from rslightning.rslora.adapters import Adapter, LayerAdapter
 from rslightning.rslora.merge import LayerMerge, all_finite, dtype_name, merge_weight
+from rslightning.rslora.orientation import orient
 from rslightning.rslora.quantized import seen_weight
 from rslightning.storage import in_file_order, open_tensors, tensor_writer
 
@@ -108,11 +109,13 @@ def merge_folder(
         progress: Called with each shard's file name before it is merged.
 
     Raises:
-        UserError: If a module of the adapter is not in `base` or has another shape there, or `base`
-            holds no plain weights, or a quantized base needs bitsandbytes, which is missing.
+        UserError: If a module of the adapter is not in `base` or has another shape there, or it is
+            not known which way it is stored, or `base` holds no plain weights, or a quantized base
+            needs bitsandbytes, which is missing.
         RunError: If a merged weight is not finite.
     """
     keys = match_weights(base, adapter)
+    adapter = orient(adapter, base, keys)
     scheme = adapter.quantized.scheme if adapter.quantized else None
     stored_dtype = dtype_name(dtype) if dtype else _stored_dtype(base)
     report = MergeReport(stored_dtype, dequantized_from=scheme)

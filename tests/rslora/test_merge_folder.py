@@ -2,11 +2,12 @@ import copy
 import json
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -14,13 +15,13 @@ from rslightning.errors import RunError, UserError
 from rslightning.manifest import MANIFEST_FILE
 from rslightning.model_folder import INDEX_FILE, WEIGHTS_FILE, ModelFolder
 from rslightning.rslora import merge_folder as merge_folder_module
-from rslightning.rslora.adapters import attach_adapter, collect_adapter
+from rslightning.rslora.adapters import Adapter, LayerAdapter, attach_adapter, collect_adapter
 from rslightning.rslora.inject import inject_adapters
 from rslightning.rslora.linear import adapter_layers
 from rslightning.rslora.merge import LayerMerge, merge_adapters, unwrap_adapters
 from rslightning.rslora.merge_folder import REPORT_FILE, MergeReport, merge_folder
 from rslightning.rslora.peft_format import read_adapter
-from rslightning.rslora.spec import AdapterSpec
+from rslightning.rslora.spec import AdapterSpec, ResolvedAdapter
 from rslightning.storage import new_folder
 
 SHARD_SIZES = {"one_file": "1GB", "shards": "10KB"}
@@ -111,6 +112,57 @@ def test_an_adapter_of_peft_on_conv1d(tmp_path, fan_in_fan_out, make_gpt2):
     truth = theirs.merge_and_unload().state_dict()
     for name, tensor in truth.items():
         torch.testing.assert_close(reloaded[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
+@pytest.mark.parametrize("targets", [["c_attn", "c_proj", "c_fc"], ["attn.c_proj"]], ids=len)
+@pytest.mark.parametrize("fan_in_fan_out", [True, False])
+def test_one_setting_of_peft_for_conv1d_and_linear(tmp_path, make_gpt2, targets, fan_in_fan_out):
+    """PEFT saves the setting of the layer that it adapted last: that of a head is false."""
+    config = LoraConfig(r=3, target_modules=[*targets, "lm_head"], init_lora_weights=False)
+    theirs = get_peft_model(make_gpt2(tie_word_embeddings=False), config)
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    saved_config = json.loads(path.read_text())
+    assert saved_config["fan_in_fan_out"] is False
+    path.write_text(json.dumps(saved_config | {"fan_in_fan_out": fan_in_fan_out}))
+    base = saved(make_gpt2(tie_word_embeddings=False), tmp_path / "base")
+    merged(base, read_adapter(tmp_path / "adapter"), tmp_path / "merged")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for name, tensor in theirs.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(reloaded[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_a_square_linear_map_is_not_taken_for_conv1d(tiny_llama, tmp_path):
+    base = saved(tiny_llama, tmp_path / "base")
+    adapter = collect_adapter(adapted(tiny_llama, targets=["q_proj"]))
+    turned = {path: replace(x, transposed=True) for path, x in adapter.layers.items()}
+    merged(base, replace(adapter, layers=turned), tmp_path / "merged")
+    merge_adapters(tiny_llama)
+    result = tensors_of(tmp_path / "merged")
+    assert torch.equal(result[f"{Q_PROJ}.weight"], tiny_llama.get_submodule(Q_PROJ).weight)
+
+
+def test_blocks_that_keep_weights_both_ways(tmp_path):
+    tensors = {
+        "h.0.a.weight": torch.randn(5, 5),
+        "h.0.a.bias": torch.randn(5),
+        "h.0.b.weight": torch.randn(5, 7),
+        "h.0.b.bias": torch.randn(5),
+        "h.0.c.weight": torch.randn(5, 7),
+        "h.0.c.bias": torch.randn(7),
+    }
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    save_file(tensors, tmp_path / "base" / WEIGHTS_FILE)
+    numbers = ResolvedAdapter(2, 4.0, "lora")
+    layer = LayerAdapter(torch.randn(2, 5), torch.randn(5, 2), numbers)
+    with pytest.raises(UserError) as error:
+        merged(ModelFolder(tmp_path / "base"), Adapter({"h.0.a": layer}), tmp_path / "merged")
+    assert str(error.value) == (
+        f"{tmp_path / 'base'} keeps some weights in h as [out, in] and some as [in, out], so it is "
+        "not known which way h.0.a.weight is: leave it out of the targets."
+    )
 
 
 @pytest.mark.parametrize("shards", SHARD_SIZES)
