@@ -5,14 +5,20 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTJConfig,
     GPTJForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen3Config,
@@ -184,6 +190,48 @@ def test_what_is_unreachable_in_a_mixture(name):
         f"which adapters on linear modules cannot reach ({BARE[name][0]}, {BARE[name][1]}, ...): "
         "they stay frozen."
     )
+
+
+MAMBA = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "state_size": 5}
+MIXERS = {
+    "mamba": lambda: MambaForCausalLM(MambaConfig(**MAMBA)),
+    "falcon_mamba": lambda: FalconMambaForCausalLM(FalconMambaConfig(**MAMBA)),
+    "jamba": lambda: JambaForCausalLM(
+        JambaConfig(
+            vocab_size=61,
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_experts=1,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            mamba_d_state=5,
+            mamba_dt_rank=3,
+            use_cache=False,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_adapted_module_of_a_state_space_model_is_called(name):
+    torch.manual_seed(0)
+    model, called = MIXERS[name](), set()
+    for path, module in model.named_modules():
+        module.register_forward_hook(lambda *_, path=path: called.add(path))
+    model(input_ids=IDS)
+    linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    report = inject_adapters(model, AdapterSpec(rank=3))
+    assert set(report.modules) == (linears & called) - {"lm_head"}
+    left = {f"{path}.weight" for path in linears - called}
+    assert left
+    assert left < set(report.unreachable)  # A and the convolution are bare parameters
+    assert all(name.endswith(".dt_proj.weight") for name in left)
+    unwrap_adapters(model)
+    with pytest.raises(UserError, match=r"^Target 'dt_proj' matches no linear module"):
+        inject_adapters(model, AdapterSpec(targets=["dt_proj"]))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -11,6 +11,7 @@ from torch import nn
 
 from rslightning.errors import UserError
 from rslightning.rslora.linear import LoRALinear, adapter_layers, is_linear, linear_features
+from rslightning.rslora.quantized import is_quantized
 from rslightning.rslora.spec import (
     TARGET_GROUPS,
     AdapterSpec,
@@ -34,7 +35,8 @@ class InjectionReport:
             that no adapter covers.
         uncovered_share: Their share of all such weights, in [0, 1].
         unreachable: Those of them that no linear module owns (the 3-D experts of mixture models,
-            routers held as bare parameters): no choice of targets reaches them.
+            routers held as bare parameters), or whose module the model does not call
+            (`linear_modules`): no choice of targets reaches them.
         unreachable_share: Their share, in [0, 1].
     """
 
@@ -143,19 +145,22 @@ def wrap_linears(
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return path -> module of every linear map that runs as a module.
 
-    Left out are the projections inside `nn.MultiheadAttention` and `nn.TransformerEncoderLayer`,
-    which torch reads as bare weights (those of the latter in evaluation only): an adapter around
-    one would silently take no part.
+    Left out are those whose bare weight is read, where an adapter would silently take no part: the
+    projections inside `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` (those of the latter
+    in evaluation only), and the step sizes of a Mamba mixer (Mamba, FalconMamba, Jamba), which
+    transformers calls where they are quantized only.
     """
-    functional = tuple(
-        f"{path}."
-        for path, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer)
-    )
+    bare: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+            bare.append(f"{path}.")
+        is_mixer = type(module).__name__.endswith("MambaMixer")
+        if is_mixer and not is_quantized(getattr(module, "dt_proj", module)):
+            bare.append(f"{path}.dt_proj.")
     return {
         path: module
         for path, module in model.named_modules()
-        if path and is_linear(module) and not path.startswith(functional)
+        if path and is_linear(module) and not f"{path}.".startswith(tuple(bare))
     }
 
 
