@@ -148,7 +148,8 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     Left out are those whose bare weight is read, where an adapter would silently take no part: the
     projections inside `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` (those of the latter
     in evaluation only), and the step sizes of a Mamba mixer (Mamba, FalconMamba, Jamba), which
-    transformers calls where they are quantized only.
+    transformers calls where they are quantized only. So are weights that are no parameter, but
+    computed from others at each call (weight norm, pruning, ...): none could be merged into.
     """
     bare: list[str] = []
     for path, module in model.named_modules():
@@ -160,7 +161,10 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {
         path: module
         for path, module in model.named_modules()
-        if path and is_linear(module) and not f"{path}.".startswith(tuple(bare))
+        if is_linear(module)
+        and path
+        and "weight" in module._parameters
+        and not f"{path}.".startswith(tuple(bare))
     }
 
 

@@ -1,8 +1,10 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rslightning.errors import UserError
@@ -261,6 +263,29 @@ def test_weights_that_torch_reads_past_the_module_are_not_adapted():
         "linear modules cannot reach (encoder.self_attn.in_proj_weight, "
         "encoder.self_attn.out_proj.weight, ...): they stay frozen."
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "derive",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        nn.utils.weight_norm,
+        partial(prune.l1_unstructured, name="weight", amount=0.25),
+    ],
+    ids=["weight_norm", "spectral_norm", "old_weight_norm", "pruned"],
+)
+def test_a_weight_that_is_computed_anew_is_not_adapted(derive):
+    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+    derive(model[0])
+    report = inject_adapters(model, AdapterSpec(rank=2))
+    assert list(report.modules) == ["1"]
+    assert report.unreachable
+    assert all(name.startswith("0.") for name in report.unreachable)
+    message = r"^Target '0' matches no linear module"
+    with pytest.raises(UserError, match=message):
+        inject_adapters(unwrap_adapters(model), AdapterSpec(rank=2, targets=["0"]))
 
 
 def test_evaluation_computes_what_training_computes():
