@@ -14,7 +14,7 @@ from rslightning.storage import open_tensors
 CONFIG_FILE: Final = "config.json"
 INDEX_FILE: Final = "model.safetensors.index.json"
 WEIGHTS_FILE: Final = "model.safetensors"
-HUB_FILES: Final = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+HUB_FILES: Final = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
 
 
 class ModelFolder:
@@ -71,13 +71,8 @@ class ModelFolder:
 
     def other_files(self) -> list[Path]:
         """Configuration, tokenizer and templates: what is not weights, nor speaks of them."""
-        return [
-            path
-            for path in sorted(self.path.iterdir())
-            if path.is_file()
-            and path.suffix in {".json", ".model", ".txt", ".jinja"}
-            and path.name not in (INDEX_FILE, MANIFEST_FILE, "merge_report.json")
-        ]
+        about_weights = (INDEX_FILE, MANIFEST_FILE, "merge_report.json")
+        return [path for path in description_files(self.path) if path.name not in about_weights]
 
     def _indexed_files(self) -> list[str]:
         index = self.path / INDEX_FILE
@@ -99,6 +94,19 @@ class ModelFolder:
                 f"convert --pickle {self.path} --output DIR."
             )
         return f"{self.path} has no {WEIGHTS_FILE} and no {INDEX_FILE}."
+
+
+def description_files(folder: Path) -> list[Path]:
+    """Return the files of configuration, tokenizer and templates, and code that they name.
+
+    A model of its own code (`auto_map`) cannot be loaded without; here it is not run.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    settings = (path for path in files if path.name.endswith("config.json"))
+    kinds = {".json", ".model", ".txt", ".jinja"}
+    if any(b'"auto_map"' in path.read_bytes() for path in settings):
+        kinds.add(".py")
+    return [path for path in files if path.suffix in kinds]
 
 
 def find_model_folder(name: str, revision: str | None = None) -> Path:

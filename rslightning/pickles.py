@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 
 from rslightning.errors import UserError
-from rslightning.model_folder import INDEX_FILE, read_json
+from rslightning.model_folder import INDEX_FILE, description_files, read_json
 from rslightning.safe_load import load_plain
 from rslightning.storage import save_tensors
 
@@ -21,7 +21,7 @@ PICKLED_INDEX: Final = "pytorch_model.bin.index.json"
 
 
 def convert_pickles(folder: Path, aside: Path) -> list[str]:
-    """Write a folder's pickled weights as safetensors, beside copies of its JSON and text files.
+    """Write a folder's pickled weights as safetensors, beside copies of its description.
 
     Args:
         folder: A model folder (`pytorch_model*.bin`) or PEFT's adapter folder
@@ -39,8 +39,8 @@ def convert_pickles(folder: Path, aside: Path) -> list[str]:
         raise UserError(f"{folder} has no pytorch_model*.bin and no adapter_model.bin to convert.")
     for path in pickles:
         save_tensors(_named_tensors(path), aside / _new_name(path.name))
-    for path in sorted(folder.iterdir()):
-        if path.suffix in {".json", ".txt", ".model", ".jinja"} and path.name != PICKLED_INDEX:
+    for path in description_files(folder):
+        if path.name != PICKLED_INDEX:
             shutil.copyfile(path, aside / path.name)
     if (folder / PICKLED_INDEX).exists():
         _write_index(read_json(folder / PICKLED_INDEX), folder, aside)

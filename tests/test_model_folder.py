@@ -63,6 +63,29 @@ def test_other_files_are_configuration_and_tokenizer(copied):
     ]
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_is_an_other_file_where_a_configuration_names_it(copied, name):
+    (copied / "own.py").write_text("from .parts import Part")
+    (copied / "parts.py").write_text("class Part: ...")
+    assert "own.py" not in [path.name for path in ModelFolder(copied).other_files()]
+    config = json.loads((copied / name).read_text())
+    (copied / name).write_text(json.dumps(config | {"auto_map": {"AutoConfig": "own.Config"}}))
+    names = [path.name for path in ModelFolder(copied).other_files()]
+    assert {"own.py", "parts.py"} < set(names)
+
+
+def test_code_is_fetched_with_a_model_of_the_hub(monkeypatch, copied):
+    patterns = []
+
+    def fetched(name, revision, allow_patterns):
+        patterns.extend(allow_patterns)
+        return str(copied)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    assert find_model_folder("some/model") == copied
+    assert "*.py" in patterns
+
+
 def test_the_index_of_shards_is_no_other_file(sharded):
     assert INDEX_FILE not in [path.name for path in ModelFolder(sharded).other_files()]
 

@@ -12,7 +12,13 @@ from transformers import AutoTokenizer
 from rslightning import hf
 from rslightning.data.tokenizer import load_tokenizer
 from rslightning.errors import UserError
+from rslightning.model_folder import ModelFolder
+from rslightning.rslora.adapters import Adapter, LayerAdapter
+from rslightning.rslora.merge_folder import merge_folder
+from rslightning.rslora.spec import ResolvedAdapter
 
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+NUMBERS = ResolvedAdapter(2, 3.0, "lora")
 CODE = """
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -75,6 +81,20 @@ def test_a_tokenizers_own_code_does_not_run(hostile, tmp_path):
     with suppress(UserError):
         load_tokenizer(str(hostile))
     assert not (tmp_path / "mark").exists()
+
+
+def test_merging_takes_a_models_own_code_along_and_does_not_run_it(hostile, tmp_path):
+    adapter = Adapter({Q_PROJ: LayerAdapter(torch.ones(2, 24), torch.ones(24, 2), NUMBERS)})
+    (tmp_path / "merged").mkdir()
+    merge_folder(ModelFolder(hostile), adapter, tmp_path / "merged")
+    assert not (tmp_path / "mark").exists()
+    with pytest.raises(UserError, match="trust_remote_code"):
+        hf.load_causal_lm(tmp_path / "merged", torch.float32)
+    before, after = (
+        hf.load_causal_lm(folder, torch.float32, trust_remote_code=True).get_submodule(Q_PROJ)
+        for folder in (hostile, tmp_path / "merged")
+    )
+    torch.testing.assert_close(after.weight, before.weight + 2 * NUMBERS.gamma)
 
 
 def test_the_mark_is_left_when_it_runs(hostile, tmp_path):
