@@ -1,5 +1,6 @@
 """A trained adapter apart from its model: take it out of one, put it into one."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -182,8 +183,10 @@ def check_same_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tenso
 
 
 def _check_numbers(path: str, layer: LoRALinear, saved: ResolvedAdapter) -> None:
-    same = (saved.rank, saved.gamma) == (layer.rank, layer.gamma)
-    if same or (layer.lora_e is not None and saved.rank <= layer.rank):
+    # A folder keeps some gammas as the alpha of another scaling, and they come back rounded.
+    same_gamma = math.isclose(saved.gamma, layer.gamma, rel_tol=1e-12)
+    allocated = layer.lora_e is not None and saved.rank <= layer.rank
+    if allocated or (saved.rank == layer.rank and same_gamma):
         return
     raise UserError(
         f"{path} has rank {saved.rank} and gamma {saved.gamma:g} in the saved adapter, "

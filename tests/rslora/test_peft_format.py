@@ -1,6 +1,7 @@
 import copy
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from rslightning.errors import UserError
 from rslightning.manifest import MANIFEST_FILE
-from rslightning.rslora.adapters import attach_adapter, collect_adapter
+from rslightning.rslora.adapters import attach_adapter, collect_adapter, copy_adapter
 from rslightning.rslora.inject import inject_adapters
 from rslightning.rslora.linear import adapter_layers
 from rslightning.rslora.merge import merge_adapters, unwrap_adapters
@@ -213,6 +214,25 @@ def test_round_trip(tiny_llama, tmp_path, scaling, patterns):
         assert again.layers[path].numbers.gamma == pytest.approx(layer.numbers.gamma, rel=1e-15)
         if scaling in ("lora", "rslora"):
             assert again.layers[path].numbers == layer.numbers
+
+
+@pytest.mark.parametrize("rank", [3, 5, 12])
+@pytest.mark.parametrize("scaling", RANK_EXPONENT)
+def test_what_was_written_is_taken_back(tiny_llama, tmp_path, scaling, rank):
+    """Through an alpha of another scaling, gamma may come back with another last bit."""
+    fields = {"scaling": scaling, "alpha": 10.0, "rank": rank}
+    fresh = copy.deepcopy(tiny_llama)
+    adapter = collect_adapter(adapted(tiny_llama, **fields))
+    write_adapter(adapter, tmp_path / "adapter")
+    inject_adapters(fresh, AdapterSpec(**fields))
+    copy_adapter(fresh, read_adapter(tmp_path / "adapter"))
+    assert torch.equal(logits(fresh), logits(tiny_llama))
+    other = copy.deepcopy(adapter)
+    path = next(iter(other.layers))
+    numbers = replace(other.layers[path].numbers, alpha=10.001)
+    other.layers[path] = replace(other.layers[path], numbers=numbers)
+    with pytest.raises(UserError, match="give both the same rank, alpha and scaling"):
+        copy_adapter(fresh, other)
 
 
 def test_round_trip_through_peft(tiny_llama, tmp_path):
