@@ -16,6 +16,7 @@ from rslightning.memory import available_memory
 from rslightning.model_folder import ModelFolder, find_model_folder, is_hub_name
 from rslightning.rslora import write_adapter
 from rslightning.rslora.adapters import Adapter
+from rslightning.rslora.linear import plain_path
 from rslightning.rslora.merge_folder import (
     MergeReport,
     cast_weight,
@@ -238,6 +239,8 @@ def _write_full(
 def _cast_state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Return the state of `model` in another dtype, a shared weight as one tensor under its names.
 
+    Names are those of the model before `torch.compile` wrapped a part of it.
+
     Where a strategy has shared the weights out, only the first process has them in the end.
     transformers leaves a tied head out of the file only where it is the embedding's own tensor.
     """
@@ -248,7 +251,7 @@ def _cast_state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor
         if id(tensor) not in cast:
             whole = whole_tensor(tensor)
             cast[id(tensor)] = whole if whole.is_meta else cast_weight(name, whole, target)
-    return {name: cast[id(tensor)] for name, tensor in state.items()}
+    return {plain_path(name): cast[id(tensor)] for name, tensor in state.items()}
 
 
 def _announce(report: MergeReport, folder: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rslightning.errors import UserError
 from rslightning.rslora.adalora import fold_values, spread_values
 from rslightning.rslora.inject import refuse_adapted, wrap_linears
-from rslightning.rslora.linear import LoRALinear, adapter_layers, linear_features
+from rslightning.rslora.linear import LoRALinear, adapter_layers, linear_features, plain_path
 from rslightning.rslora.quantized import QuantizedBase, describe_quantization, is_stored_transposed
 from rslightning.rslora.spec import ResolvedAdapter
 
@@ -137,7 +137,7 @@ def copy_adapter(model: nn.Module, adapter: Adapter) -> None:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return name -> parameter of every adapter matrix, under its name in `model`."""
+    """Return name -> parameter of every adapter matrix, as `plain_path` names it."""
     return {
         f"{path}.{name}": parameter
         for path, layer in adapter_layers(model)
@@ -158,6 +158,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         UserError: If a name is missing or unknown or a shape differs; nothing is copied then.
     """
     parameters: dict[str, Tensor] = dict(adapter_parameters(model))
+    state = {plain_path(name): matrix for name, matrix in state.items()}
     check_same_tensors(parameters, state)
     for name, parameter in parameters.items():
         parameter.copy_(state[name])

@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from rslightning.errors import UserError
-from rslightning.rslora.linear import LoRALinear, adapter_layers, is_linear, linear_features
+from rslightning.rslora.linear import (
+    LoRALinear,
+    adapter_layers,
+    is_linear,
+    linear_features,
+    named_modules,
+    plain_path,
+)
 from rslightning.rslora.quantized import is_quantized
 from rslightning.rslora.spec import (
     TARGET_GROUPS,
@@ -112,7 +119,7 @@ def refuse_tied(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
     """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+        owners.setdefault(id(parameter), []).append(plain_path(name))
     for path, linear in targets.items():
         others = [
             name for name in owners.get(id(linear.weight), []) if not name.startswith(f"{path}.")
@@ -152,7 +159,7 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     computed from others at each call (weight norm, pruning, ...): none could be merged into.
     """
     bare: list[str] = []
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
             bare.append(f"{path}.")
         is_mixer = type(module).__name__.endswith("MambaMixer")
@@ -160,7 +167,7 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
             bare.append(f"{path}.dt_proj.")
     return {
         path: module
-        for path, module in model.named_modules()
+        for path, module in named_modules(model)
         if is_linear(module)
         and path
         and "weight" in module._parameters
@@ -208,7 +215,7 @@ def decoder_linears(model: nn.Module, candidates: Iterable[str]) -> list[str]:
     blocks counts as one block, its output head excepted.
     """
     lists = tuple(
-        f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList)
+        f"{path}." for path, module in named_modules(model) if isinstance(module, nn.ModuleList)
     )
     candidates = list(candidates)
     inside = [path for path in candidates if path.startswith(lists)]
@@ -269,8 +276,9 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """
     linear = {f"{path}.weight": linear_features(m) for path, m in linear_modules(model).items()}
     return {
-        name: linear.get(name) or tuple(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in model.named_parameters()
+        (name := plain_path(full)): linear.get(name)
+        or tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for full, parameter in model.named_parameters()
     }
 
 
@@ -279,7 +287,7 @@ def _coverable(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str
     head = _output_head(model)
     skipped = {
         f"{path}.weight"
-        for path, module in model.named_modules()
+        for path, module in named_modules(model)
         if isinstance(module, nn.Embedding) or module is head
     }
     return {

@@ -221,6 +221,20 @@ def linear_features(module: nn.Module) -> tuple[int, int]:
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     """Yield (path, layer) for every adapted layer of `model`, in module order."""
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, LoRALinear):
             yield path, module
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (path, module) as `nn.Module.named_modules` does, with paths by `plain_path`."""
+    for path, module in model.named_modules():
+        yield plain_path(path), module
+
+
+def plain_path(path: str) -> str:
+    """Return the path of a module or parameter before `torch.compile` wrapped what holds it.
+
+    That is how a checkpoint knows it, and `get_submodule` finds it under both.
+    """
+    return f"{path}.".replace("_orig_mod.", "").removesuffix(".")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rslightning.errors import UserError
 from rslightning.rslora.adapters import Adapter, LayerAdapter
 from rslightning.rslora.inject import refuse_tied
-from rslightning.rslora.linear import is_linear, linear_features
+from rslightning.rslora.linear import is_linear, linear_features, named_modules
 from rslightning.rslora.peft_format import check_plain_lora
 from rslightning.rslora.quantized import describe_quantization, is_stored_transposed
 from rslightning.rslora.scaling import Scaling, check_alpha, equivalent_alpha, scaling_factor
@@ -23,7 +23,7 @@ from rslightning.rslora.spec import ResolvedAdapter
 
 def peft_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield (path, layer) for every module of PEFT that has A's and B's, in module order."""
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         matrices = (getattr(module, name, None) for name in ("lora_A", "lora_B"))
         if (
             all(isinstance(matrix, nn.ModuleDict) for matrix in matrices)
@@ -71,7 +71,7 @@ def collect_peft_adapter(
 
 
 def peft_adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return name -> parameter of every matrix of the active adapter, under its name in `model`."""
+    """Return name -> parameter of every matrix of the active adapter, as `plain_path` names it."""
     name = _active_name(model)
     return {
         f"{path}.{matrix}.{name}.weight": getattr(layer, matrix)[name].weight

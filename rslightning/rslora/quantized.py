@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rslightning.errors import UserError
-from rslightning.rslora.linear import LoRALinear, is_conv1d
+from rslightning.rslora.linear import LoRALinear, is_conv1d, named_modules
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ def is_stored_transposed(module: nn.Module) -> bool:
 
 def describe_quantization(model: nn.Module) -> QuantizedBase | None:
     """Return how the base of `model` is quantized, adapters around it or not; None if it is not."""
-    wrappers = {id(_inner(module)): path for path, module in model.named_modules()}
+    wrappers = {id(_inner(module)): path for path, module in named_modules(model)}
     found: dict[str, Any] = {
         wrappers.get(id(module), path): module
-        for path, module in model.named_modules()
+        for path, module in named_modules(model)
         if is_quantized(module)
     }
     if not found:

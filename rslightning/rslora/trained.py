@@ -48,8 +48,9 @@ def trained_adapter(
 
 def _refuse_other_training(model: nn.Module, adapters: Mapping[str, nn.Parameter]) -> None:
     """Raise `UserError` if a weight is trained that is no adapter's: a merge would lose it."""
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if others := [name for name in trained if name not in adapters]:
+    own = {id(parameter) for parameter in adapters.values()}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if others := [name for name, parameter in trained if id(parameter) not in own]:
         raise UserError(
             f"{others[0]} is trained beside the adapters ({len(others)} such weights), and merging "
             "them into the base would lose it: freeze it with requires_grad_(False)."

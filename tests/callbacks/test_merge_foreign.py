@@ -231,6 +231,26 @@ def test_our_adapters_in_their_module(fit, load, bases, tmp_path):
     assert report["layers"].keys() == collect_adapter(model).layers.keys()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo
+@pytest.mark.parametrize("how", ["ours", "peft", "full"])
+def test_layers_that_are_compiled_one_by_one(fit, load, bases, tmp_path, how):
+    module = Foreign(load())
+    if how == "ours":
+        inject_adapters(module.network, AdapterSpec(rank=3))
+    if how == "peft":
+        module.network = get_peft_model(module.network, config_of_peft(lora_dropout=0.0))
+    layers = language_model(module).model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = torch.compile(layer, backend="eager")
+    fit(module)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_close(logits(merged), logits(module.network))
+    if how != "full":
+        base = AutoModelForCausalLM.from_pretrained(bases / "llama")
+        reopened = PeftModel.from_pretrained(base, tmp_path / "adapter")
+        assert_close(logits(reopened), logits(module.network))
+
+
 def test_full_fine_tuning_in_their_module(fit, load, tmp_path):
     model = load()
     fit(Foreign(model))

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,9 +9,15 @@ from torch.nn.utils import parametrizations, prune
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rslightning.errors import UserError
+from rslightning.rslora.adapters import (
+    adapter_state_dict,
+    collect_adapter,
+    copy_adapter,
+    load_adapter_state,
+)
 from rslightning.rslora.inject import inject_adapters
-from rslightning.rslora.linear import LoRALinear, adapter_layers
-from rslightning.rslora.merge import unwrap_adapters
+from rslightning.rslora.linear import LoRALinear, adapter_layers, plain_path
+from rslightning.rslora.merge import merge_adapters, unwrap_adapters
 from rslightning.rslora.spec import AdapterSpec, ResolvedAdapter
 
 ATTENTION = {"q_proj": (24, 24), "k_proj": (24, 12), "v_proj": (24, 12), "o_proj": (24, 24)}
@@ -286,6 +293,53 @@ def test_a_weight_that_is_computed_anew_is_not_adapted(derive):
     message = r"^Target '0' matches no linear module"
     with pytest.raises(UserError, match=message):
         inject_adapters(unwrap_adapters(model), AdapterSpec(rank=2, targets=["0"]))
+
+
+def compiled(part, model):
+    """Wrap a part of a Llama as `torch.compile` does."""
+    wrap = partial(torch.compile, backend="eager")
+    if part == "model":
+        return wrap(model)
+    if part == "layers":
+        for index, layer in enumerate(model.model.layers):
+            model.model.layers[index] = wrap(layer)
+    if part == "linear":
+        model.model.layers[0].mlp.up_proj = wrap(model.model.layers[0].mlp.up_proj)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo
+@pytest.mark.parametrize("part", ["model", "layers", "linear"])
+def test_the_wrappers_of_torch_compile_show_in_no_path(make_llama, part):
+    spec = AdapterSpec(
+        rank=5, targets=r"model\.layers\..*\.(up|q)_proj", rank_pattern={"^model.layers.0.*": 3}
+    )
+    plain, model = make_llama(53), compiled(part, make_llama(53))
+    truth, report = inject_adapters(plain, spec), inject_adapters(model, spec)
+    assert replace(report, uncovered=[]) == replace(truth, uncovered=[])
+    assert set(map(plain_path, report.uncovered)) == set(truth.uncovered)
+    ours, theirs = dict(adapter_layers(model)), dict(adapter_layers(plain))
+    assert ours.keys() == theirs.keys() == collect_adapter(model).layers.keys()
+    for path, layer in theirs.items():
+        assert torch.equal(ours[path].lora_a, layer.lora_a)  # the stream is the path's
+        nn.init.normal_(layer.lora_b)
+    copy_adapter(model, collect_adapter(plain))
+    ids = torch.arange(10).reshape(2, 5)
+    torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    assert merge_adapters(model) == list(theirs)
+    torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def test_adapter_states_of_compiled_and_plain_models_are_the_same(make_llama):
+    plain, model = make_llama(53), make_llama(53)
+    for each in (plain, model):
+        inject_adapters(each, AdapterSpec(rank=2))
+    wrapped = compiled("model", compiled("layers", model))
+    assert adapter_state_dict(wrapped).keys() == adapter_state_dict(plain).keys()
+    old = {name: p + 1 for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert all("_orig_mod" in name for name in old)
+    load_adapter_state(plain, old)
+    assert torch.equal(next(iter(adapter_state_dict(plain).values())), next(iter(old.values())))
 
 
 def test_evaluation_computes_what_training_computes():
