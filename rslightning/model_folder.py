@@ -55,13 +55,15 @@ class ModelFolder:
         return {name for names in self.shards.values() for name in names}
 
     @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of all tensors."""
-        shapes: dict[str, tuple[int, ...]] = {}
+    def table(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> dtype, as safetensors writes it (`BF16`), and shape of all tensors."""
+        table: dict[str, tuple[str, tuple[int, ...]]] = {}
         for file, names in self.shards.items():
             with open_tensors(self.path / file) as tensors:
-                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
-        return shapes
+                for name in names:
+                    part = tensors.get_slice(name)
+                    table[name] = part.get_dtype(), tuple(part.get_shape())
+        return table
 
     def check_weights(self) -> None:
         """Raise `UserError` unless every weight file is there, readable and of its whole size."""

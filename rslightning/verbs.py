@@ -13,6 +13,7 @@ from rslightning.errors import UserError
 from rslightning.model_folder import ModelFolder, find_model_folder
 from rslightning.pickles import convert_pickles
 from rslightning.rslora.adapters import Adapter
+from rslightning.rslora.kept_dtypes import float32_parts
 from rslightning.rslora.merge_folder import merge_folder
 from rslightning.rslora.peft_format import write_adapter
 from rslightning.storage import new_folder
@@ -30,7 +31,8 @@ def merge(arguments: argparse.Namespace) -> None:
                 bar.set_postfix_str(file)
                 bar.update()
 
-            report = merge_folder(base, adapter, aside, dtype, progress)
+            parts = _float32_parts(base, dtype)
+            report = merge_folder(base, adapter, aside, dtype, progress, parts)
         report.write(aside)
     print(
         f"Merged {len(report.layers)} layers of {adapter.base_model} into {arguments.output} "
@@ -60,6 +62,16 @@ def convert(arguments: argparse.Namespace) -> None:
     with new_folder(arguments.output) as aside:
         names = convert_pickles(folder, aside)
     print(f"Wrote {', '.join(names)} to {arguments.output}.")
+
+
+def _float32_parts(base: ModelFolder, dtype: torch.dtype | None) -> list[str]:
+    """Return what transformers keeps in float32 of a base, by the class that it names."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return []
+    import transformers
+
+    architectures = base.config.get("architectures") or ["none"]
+    return float32_parts(getattr(transformers, str(architectures[0]), None), dtype)
 
 
 def _base_folder(adapter: Adapter, override: str | None) -> ModelFolder:

@@ -207,6 +207,29 @@ def make_gpt2():
     return random_gpt2
 
 
+def random_deepseek(dtype: torch.dtype):
+    """Return a DeepSeek-V3 whose experts are chosen by differences that bfloat16 does not hold."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 8}
+    sizes |= {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    experts = {"n_routed_experts": 16, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    experts |= {"moe_intermediate_size": 16, "first_k_dense_replace": 0, "n_shared_experts": 1}
+    config = DeepseekV3Config(**sizes, **experts, use_cache=False)
+    model = DeepseekV3ForCausalLM(config).to(dtype)
+    for layer in model.model.layers:
+        layer.mlp.gate.e_score_correction_bias = 4 + torch.randn(16) * 0.01
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_deepseek():
+    """Return the factory of random DeepSeek-V3s: the dtype of their weights."""
+    return random_deepseek
+
+
 def quiet_trainer(root: Path, **options):
     """Return a Trainer on one CPU process that only computes; its run folder is `root`."""
     from lightning.pytorch import Trainer

@@ -27,6 +27,7 @@ from rslightning.__main__ import main
 from rslightning.cli import known_keys
 from rslightning.cli_errors import explain
 from rslightning.recipes import packaged_names, packaged_root
+from rslightning.rslora import AdapterSpec, collect_adapter, inject_adapters, write_adapter
 
 
 class Outcome(NamedTuple):
@@ -671,6 +672,22 @@ def test_merging_into_another_dtype(fitted):
     assert run(*command).status == 0
     merged = AutoModelForCausalLM.from_pretrained("out", dtype="auto")
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+
+
+def test_merging_keeps_what_transformers_has_in_float32(fitted, make_deepseek):
+    model = make_deepseek(torch.float32)
+    model.save_pretrained("experts")
+    inject_adapters(model, AdapterSpec(rank=3, targets=["o_proj"]))
+    write_adapter(collect_adapter(model, "experts"), "small")
+    assert (
+        run("merge", *["--checkpoint", "small", "--output", "out", "--dtype", "bfloat16"]).status
+        == 0
+    )
+    merged, stored = (load_file(f"{folder}/model.safetensors") for folder in ("out", "experts"))
+    wide = {name: tensor for name, tensor in merged.items() if tensor.dtype == torch.float32}
+    assert len(wide) == 2
+    assert all(name.endswith("e_score_correction_bias") for name in wide)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in wide.items())
 
 
 @pytest.mark.parametrize("fold", [False, True])

@@ -16,6 +16,7 @@ from rslightning.memory import available_memory
 from rslightning.model_folder import ModelFolder, find_model_folder, is_hub_name
 from rslightning.rslora import write_adapter
 from rslightning.rslora.adapters import Adapter
+from rslightning.rslora.kept_dtypes import float32_parts, kept_names
 from rslightning.rslora.linear import plain_path
 from rslightning.rslora.merge_folder import (
     MergeReport,
@@ -48,7 +49,8 @@ class MergeAdapters(Callback):
     (`get_peft_model`, `add_adapter`), wherever the LightningModule keeps the model.
 
     Args:
-        dtype: Dtype of the merged weights; null keeps the base's. bfloat16 can lose most of a
+        dtype: Dtype of the merged weights, save those that the base, or transformers, keeps in
+            float32 beside 16-bit ones; null keeps the base's. bfloat16 can lose most of a
             small update: the report says how much, and above 20 % a warning does.
         base_model: Folder or Hub name of the base; null takes the one that the model was loaded
             from.
@@ -127,7 +129,8 @@ class MergeAdapters(Callback):
     ) -> None:
         write_adapter(adapter, folder / ADAPTER_FOLDER, replace=True)
         with new_folder(folder / MERGED_FOLDER, replace=True) as aside:
-            report = merge_folder(base, adapter, aside, self.dtype)
+            parts = float32_parts(model, self.dtype)
+            report = merge_folder(base, adapter, aside, self.dtype, float32=parts)
             if logits is not None:
                 report.largest_logit_difference = self._logit_difference(model, logits, aside)
             report.write(aside)
@@ -245,9 +248,12 @@ def _cast_state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor
     transformers leaves a tied head out of the file only where it is the embedding's own tensor.
     """
     state = model.state_dict(keep_vars=True)  # without it, each name has a tensor of its own
+    floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    sizes = {n: (t.dtype, getattr(t, "ds_numel", t.numel())) for n, t in floats.items()}
+    kept = kept_names(sizes, float32_parts(model, dtype))
     cast: dict[int, Tensor] = {}
     for name, tensor in state.items():
-        target = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        target = dtype if dtype and name in floats.keys() - kept else tensor.dtype
         if id(tensor) not in cast:
             whole = whole_tensor(tensor)
             cast[id(tensor)] = whole if whole.is_meta else cast_weight(name, whole, target)

@@ -9,7 +9,7 @@ in float32 and rounded once.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -22,6 +22,7 @@ from torch import Tensor
 from rslightning.errors import RunError, UserError
 from rslightning.model_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, ModelFolder, unique_key
 from rslightning.rslora.adapters import Adapter, LayerAdapter
+from rslightning.rslora.kept_dtypes import kept_names, stored_dtypes
 from rslightning.rslora.merge import LayerMerge, all_finite, dtype_name, merge_weight
 from rslightning.rslora.orientation import orient
 from rslightning.rslora.quantized import seen_weight
@@ -98,6 +99,7 @@ def merge_folder(
     output: Path,
     dtype: torch.dtype | None = None,
     progress: Callable[[str], None] = lambda file: None,
+    float32: Sequence[str] = (),
 ) -> MergeReport:
     """Write `base` with `adapter` merged into `output`, an existing folder (see `new_folder`).
 
@@ -105,8 +107,10 @@ def merge_folder(
         base: The model that the adapter was trained on.
         adapter: Matrices by module path.
         output: Gets weights under the base's file names, configuration and tokenizer.
-        dtype: Dtype of all floating-point weights; None keeps each tensor's own.
+        dtype: Dtype of the floating-point weights, save those that `base` keeps wider than most of
+            its own; None keeps each tensor's own.
         progress: Called with each shard's file name before it is merged.
+        float32: Parts of names of tensors that stay in float32, see `float32_parts`.
 
     Raises:
         UserError: If a module of the adapter is not in `base` or has another shape there, or it is
@@ -119,12 +123,13 @@ def merge_folder(
     scheme = adapter.quantized.scheme if adapter.quantized else None
     stored_dtype = dtype_name(dtype) if dtype else _stored_dtype(base)
     report = MergeReport(stored_dtype, dequantized_from=scheme)
+    kept = kept_names(stored_dtypes(base), float32) if dtype else set()
     weight_map: dict[str, str] = {}
     total_size = 0
     for file, names in base.shards.items():
         progress(file)
         with open_tensors(base.path / file) as tensors:
-            layout = _layout(tensors, names, dtype)
+            layout = _layout(tensors, names, dtype, kept)
             work = [
                 partial(_merged, tensors, name, keys.get(name), adapter, result.dtype)
                 for name, result in layout.items()
@@ -144,12 +149,15 @@ def merge_folder(
     return report
 
 
-def _layout(tensors: Any, names: Iterable[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _layout(
+    tensors: Any, names: Iterable[str], dtype: torch.dtype | None, kept: set[str]
+) -> dict[str, Tensor]:
     """Return what a merged file will hold, on the meta device, in the order of the file."""
     layout = {}
     for name in names:
         weight = tensors.get_tensor(name)  # mapped, not read
-        target = dtype if dtype and weight.is_floating_point() else weight.dtype
+        casts = weight.is_floating_point() and name not in kept
+        target = dtype if dtype and casts else weight.dtype
         layout[name] = torch.empty(weight.shape, dtype=target, device="meta")
     return in_file_order(layout)
 
@@ -273,10 +281,5 @@ def copy_description(base: ModelFolder, output: Path, dtype: torch.dtype | None)
 
 def _stored_dtype(base: ModelFolder) -> str:
     """Return the one dtype of the base's floating-point weights, or `mixed`."""
-    found = set()
-    for file, names in base.shards.items():
-        with open_tensors(base.path / file) as tensors:
-            found |= {tensors.get_slice(name).get_dtype() for name in names}
-    names_by_code = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-    floats = {names_by_code[code] for code in found if code in names_by_code}
-    return floats.pop() if len(floats) == 1 else "mixed"
+    found = {dtype for dtype, _ in stored_dtypes(base).values()}
+    return dtype_name(found.pop()) if len(found) == 1 else "mixed"

@@ -45,7 +45,7 @@ def _is_stored_transposed(base: ModelFolder, key: str) -> bool | None:
     blocks = _blocks(key)
     if blocks is None:
         return None
-    shapes = base.shapes
+    shapes = {name: shape for name, (_, shape) in base.table.items()}
     found = set()
     for name, shape in shapes.items():
         bias = shapes.get(_bias(name), ())

@@ -259,6 +259,26 @@ def test_full_fine_tuning_in_their_module(fit, load, tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.parametrize("how", ["full", "ours"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_chooses_experts_stays_in_float32(fit, make_deepseek, tmp_path, dtype, how):
+    make_deepseek(torch.float32).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").train()
+    if how == "ours":
+        inject_adapters(model, AdapterSpec(rank=3, targets=["o_proj"]))
+    fit(Foreign(model), MergeAdapters(dtype=dtype))
+    merged = {}
+    for file in (tmp_path / "merged").glob("*.safetensors"):
+        merged |= load_file(file)
+    biases = {name for name in merged if "e_score_correction_bias" in name}
+    assert len(biases) == 2
+    for name, tensor in merged.items():
+        wanted = torch.float32 if name in biases else getattr(torch, dtype)
+        assert tensor.dtype == wanted, name
+    for name in biases:
+        assert torch.equal(merged[name], model.get_buffer(name))
+
+
 def test_a_weight_that_float16_cannot_hold_is_refused(fit, load, tmp_path):
     model = load()
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 from rslightning.errors import RunError, UserError
 from rslightning.manifest import MANIFEST_FILE
@@ -17,6 +17,7 @@ from rslightning.model_folder import INDEX_FILE, WEIGHTS_FILE, ModelFolder
 from rslightning.rslora import merge_folder as merge_folder_module
 from rslightning.rslora.adapters import Adapter, LayerAdapter, attach_adapter, collect_adapter
 from rslightning.rslora.inject import inject_adapters
+from rslightning.rslora.kept_dtypes import float32_parts, kept_names
 from rslightning.rslora.linear import adapter_layers
 from rslightning.rslora.merge import LayerMerge, merge_adapters, unwrap_adapters
 from rslightning.rslora.merge_folder import REPORT_FILE, MergeReport, merge_folder
@@ -192,6 +193,41 @@ def test_none_keeps_the_dtype_of_each_tensor(tiny_llama, tmp_path):
     before, after = tensors_of(base.path), tensors_of(tmp_path / "merged")
     assert {n: t.dtype for n, t in after.items()} == {n: t.dtype for n, t in before.items()}
     assert report.dtype == "mixed"
+
+
+def test_which_tensors_keep_their_dtype():
+    tensors = {
+        "a": (torch.bfloat16, 70),
+        "b": (torch.bfloat16, 70),
+        "wide": (torch.float32, 80),
+        "wider": (torch.float64, 1),
+    }
+    assert kept_names(tensors) == {"wide", "wider"}
+    assert kept_names(dict.fromkeys("ab", (torch.float32, 5))) == set()
+    assert kept_names(dict.fromkeys("ab", (torch.float32, 5)), ["b"]) == {"b"}
+    assert kept_names(tensors, ["a"]) == {"wide", "wider"}
+    assert kept_names({}) == set()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_what_chooses_experts_stays_in_float32(tmp_path, make_deepseek, stored, dtype):
+    base = saved(make_deepseek(stored), tmp_path / "base")
+    live = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+    adapter = collect_adapter(adapted(live, targets=["o_proj"]))
+    parts = float32_parts(DeepseekV3ForCausalLM, dtype)
+    with new_folder(tmp_path / "merged") as aside:
+        merge_folder(base, adapter, aside, dtype, float32=parts if stored == torch.float32 else ())
+    before, after = tensors_of(base.path), tensors_of(tmp_path / "merged")
+    for name, tensor in after.items():
+        if "correction_bias" in name:
+            assert torch.equal(tensor, before[name])
+        else:
+            assert tensor.dtype == dtype
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype).state_dict()
+    for name, tensor in unwrap_adapters(live).state_dict().items():
+        if "o_proj" not in name:
+            assert torch.equal(reloaded[name], tensor), name
 
 
 def test_files_index_and_description(tiny_llama, tmp_path):
