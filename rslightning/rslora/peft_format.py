@@ -137,7 +137,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         for key in tensors.keys():  # noqa: SIM118 (the handle is no mapping)
             match = TENSOR_KEY.fullmatch(key)
             if match is None:
-                raise UserError(f"{folder / WEIGHTS_FILE} holds {key}, which is not plain LoRA.")
+                raise UserError(f"{folder / WEIGHTS_FILE} holds {key}, {_why_not_plain(key)}")
             matrices.setdefault(match["path"], {})[match["matrix"]] = tensors.get_tensor(key)
     if not matrices:
         raise UserError(f"{folder / WEIGHTS_FILE} holds no adapter.")
@@ -185,6 +185,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = {}
     check_plain_lora(config, str(path))
     return config
+
+
+def _why_not_plain(key: str) -> str:
+    if "lora_" in key or not key.endswith(".weight"):
+        return "which is not plain LoRA."
+    return (
+        "a whole weight of the base, which PEFT adds where the head or embeddings are among the "
+        "targets: if it was not trained, save the adapter with save_embedding_layers=False."
+    )
 
 
 def _read_quantization(path: Path) -> QuantizedBase | None:

@@ -377,6 +377,21 @@ def test_tensors_beyond_plain_lora(folder):
     assert refusal(folder) == f"{folder / WEIGHTS_FILE} holds {key}, which is not plain LoRA."
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_a_frozen_head_that_peft_saves_beside_its_adapter(tiny_llama, tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    theirs = get_peft_model(copy.deepcopy(tiny_llama), config)
+    theirs.save_pretrained(tmp_path / "adapter")
+    assert refusal(tmp_path / "adapter") == (
+        f"{tmp_path / 'adapter' / WEIGHTS_FILE} holds base_model.model.lm_head.base_layer.weight, "
+        "a whole weight of the base, which PEFT adds where the head or embeddings are among the "
+        "targets: if it was not trained, save the adapter with save_embedding_layers=False."
+    )
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    attach_adapter(tiny_llama, read_adapter(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(tiny_llama), logits(theirs), rtol=0, atol=1e-5)
+
+
 def test_a_pickle_is_refused(folder):
     (folder / WEIGHTS_FILE).unlink()
     (folder / "adapter_model.bin").write_bytes(b"never opened")
