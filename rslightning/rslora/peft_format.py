@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+import torch
 from torch import Tensor
 
 from rslightning.errors import UserError
@@ -64,7 +65,8 @@ def write_adapter(
         adapter: What to write.
         folder: Where; it appears complete or not at all.
         fold_scaling: Multiply gamma_r into B and write `use_rslora: false`, `lora_alpha: r`, for
-            servers that ignore `use_rslora` and always compute `lora_alpha / r`.
+            servers that ignore `use_rslora` and always compute `lora_alpha / r`. A B in 16 bit is
+            then written in float32.
         replace: Whether a folder that is there gives way.
 
     Raises:
@@ -73,7 +75,10 @@ def write_adapter(
     """
     tensors: dict[str, Tensor] = {}
     for path, layer in adapter.layers.items():
-        lora_b = layer.lora_b * layer.numbers.gamma if fold_scaling else layer.lora_b
+        lora_b = layer.lora_b
+        if fold_scaling:  # in 16 bit the product would be rounded, and small entries lost
+            lora_b = lora_b.to(torch.promote_types(lora_b.dtype, torch.float32))
+            lora_b = lora_b * layer.numbers.gamma
         tensors[f"base_model.model.{path}.lora_A.weight"] = layer.lora_a
         tensors[f"base_model.model.{path}.lora_B.weight"] = lora_b
     config = adapter_config(adapter, fold_scaling)

@@ -12,7 +12,13 @@ from torch import nn
 
 from rslightning.errors import UserError
 from rslightning.manifest import MANIFEST_FILE
-from rslightning.rslora.adapters import attach_adapter, collect_adapter, copy_adapter
+from rslightning.rslora.adapters import (
+    Adapter,
+    LayerAdapter,
+    attach_adapter,
+    collect_adapter,
+    copy_adapter,
+)
 from rslightning.rslora.inject import inject_adapters
 from rslightning.rslora.linear import adapter_layers
 from rslightning.rslora.merge import merge_adapters, unwrap_adapters
@@ -24,7 +30,7 @@ from rslightning.rslora.peft_format import (
     write_adapter,
 )
 from rslightning.rslora.scaling import RANK_EXPONENT
-from rslightning.rslora.spec import AdapterSpec
+from rslightning.rslora.spec import AdapterSpec, ResolvedAdapter
 
 # PEFT 0.21 asks transformers 5.23 for an attribute under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -133,6 +139,20 @@ def test_folding_leaves_nothing_to_scale(tiny_llama, tmp_path, scaling):
         key = f"base_model.model.{path}.lora_{{}}.weight"
         product = tensors[key.format("B")] @ tensors[key.format("A")]
         torch.testing.assert_close(product, layer.gamma * layer.lora_b @ layer.lora_a)
+
+
+@pytest.mark.parametrize("std", [0.1, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_folding_rounds_no_matrix_of_16_bit(tmp_path, dtype, std):
+    lora_a, lora_b = torch.randn(48, 7).to(dtype), (torch.randn(5, 48) * std).to(dtype)
+    layer = LayerAdapter(lora_a, lora_b, ResolvedAdapter(48, 10.0, "rslora"))
+    write_adapter(Adapter({"x.q": layer}), tmp_path / "adapter", fold_scaling=True)
+    again = read_adapter(tmp_path / "adapter").layers["x.q"]
+    assert again.numbers.gamma == 1.0
+    exact = layer.numbers.gamma * lora_b.double() @ lora_a.double()
+    error = again.lora_b.double() @ again.lora_a.double() - exact
+    assert error.norm() <= 2**-22 * exact.norm()
+    assert torch.equal(again.lora_a, lora_a)
 
 
 PEFT_CONFIGS = {
