@@ -59,7 +59,8 @@ def linear_nats(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
         RuntimeError: If it is differentiated twice.
     """
     device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device)
+    # Autocast leaves float64 alone.
+    autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     wanted = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad

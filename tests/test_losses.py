@@ -223,6 +223,17 @@ def test_autocast_multiplies_in_its_dtype():
         torch.testing.assert_close(gradient.double(), expected, rtol=2**-6, atol=2**-6)
 
 
+def test_autocast_leaves_float64_alone_as_in_torch():
+    tensors, targets = head_inputs(dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        nats, gradients = fused(tensors, targets)
+        assert nats.dtype == F.linear(*tensors).dtype == torch.float64
+    expected, truths = dense(tensors, targets)
+    torch.testing.assert_close(nats, expected, rtol=1e-12, atol=0)
+    for gradient, truth in zip(gradients, truths, strict=True):
+        torch.testing.assert_close(gradient, truth, rtol=1e-12, atol=1e-12)
+
+
 def test_fused_without_targets(chunk):
     tensors, targets = head_inputs()
     nats, gradients = fused(tensors, torch.full_like(targets, IGNORED))

@@ -66,8 +66,8 @@ def adapted_linear(
 ) -> Tensor:
     r"""Return `x W^T + gamma x A^T B^T + addend`, with gradients for all but W.
 
-    Products are in the dtype of x, or in autocast's where that is on. A and B may be of another
-    dtype, float32 as a rule, and so are their gradients then.
+    Products are in the dtype of x, or in autocast's where that is on and x is not float64. A and B
+    may be of another dtype, float32 as a rule, and so are their gradients then.
 
     Shape:
         x [..., in], weight [out, in], lora_a [rank, in], lora_b [out, rank] -> [..., out].
@@ -85,7 +85,8 @@ def adapted_linear(
     Raises:
         RuntimeError: When a second derivative is taken.
     """
-    dtype = torch.get_autocast_dtype(x.device.type) if _is_autocast(x) else x.dtype
+    casts = _is_autocast(x) and x.dtype != torch.float64  # which autocast leaves alone
+    dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     if addend is not None:
         addend = (addend if addend.ndim == 1 else addend.flatten(0, -2)).to(dtype)

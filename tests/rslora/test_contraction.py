@@ -263,6 +263,14 @@ def test_backward_inside_of_autocast_computes_in_the_dtype_of_the_forward_pass()
         assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
 
 
+@every_order
+def test_autocast_leaves_float64_alone_as_in_torch(order):
+    problem = make_problem()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(problem, order)
+        assert ordered(order)(*problem).dtype == (problem.x @ problem.weight.T).dtype
+
+
 def test_shapes_without_data():
     problem = make_problem()
     shapes = Problem(*(t.detach().to("meta").requires_grad_(t.requires_grad) for t in problem))
