@@ -128,13 +128,15 @@ def merge_adapters(model: nn.Module) -> list[str]:
 def unmerge_adapters(model: nn.Module) -> list[str]:
     """Put back the base weights that `merge_adapters` replaced; exact, bit for bit.
 
+    Where the model was moved or cast since, they follow it.
+
     Returns:
         The paths of the layers that were unmerged by this call.
     """
     restored = []
     for path, layer in adapter_layers(model):
         if layer.unmerged_weight is not None:
-            layer.weight.data = layer.unmerged_weight
+            layer.weight.data = layer.unmerged_weight.to(layer.weight)
             layer.unmerged_weight = None
             restored.append(path)
     return restored

@@ -1,3 +1,4 @@
+import copy
 import math
 from dataclasses import asdict
 
@@ -99,6 +100,21 @@ def test_unmerging_is_exact(tiny_llama, dtype, std):
     assert unmerge_adapters(tiny_llama) == []
     assert_same_bits(tiny_llama, state)
     assert torch.equal(logits(tiny_llama), output)
+
+
+@pytest.mark.parametrize(
+    "move", [nn.Module.double, nn.Module.bfloat16, lambda model: model.to("meta")]
+)
+def test_a_merged_model_that_moves_is_unmerged_where_it_is(tiny_llama, move):
+    expected = move(copy.deepcopy(tiny_llama))
+    adapted(tiny_llama)
+    merge_adapters(tiny_llama)
+    move(tiny_llama)
+    unmerge_adapters(tiny_llama)
+    base = unwrap_adapters(tiny_llama).state_dict()
+    for name, tensor in expected.state_dict().items():
+        assert (base[name].dtype, base[name].device) == (tensor.dtype, tensor.device)
+        assert tensor.is_meta or torch.equal(base[name], tensor), name
 
 
 def test_a_merged_model_keeps_its_state_names(tiny_llama):
