@@ -147,14 +147,10 @@ class AdapterSpec:
         check_rank(self.rank)
 
     def _check_expressions(self) -> None:
-        expressions = [*self.rank_pattern, *self.alpha_pattern]
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            _path_end(pattern)
         if isinstance(self.targets, str):
-            expressions.append(self.targets)
-        for expression in expressions:
-            try:
-                re.compile(expression)
-            except re.error as error:
-                raise UserError(f"{expression!r} is not a regular expression: {error}.") from None
+            _check_expression(self.targets)
 
     def resolve(self, path: str) -> "ResolvedAdapter":
         """Return rank, alpha and scaling of the module at `path`.
@@ -186,14 +182,34 @@ def pattern_matches(pattern: str, path: str) -> bool:
     """Tell whether `pattern` names `path`: a full path, its last segments, or an expression.
 
     This is PEFT's rule, so that a pattern means the same in an exported adapter.
+
+    Raises:
+        UserError: If `pattern` is no such expression.
     """
-    return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
+    return _path_end(pattern).fullmatch(path) is not None
 
 
 def unmatched_patterns(spec: AdapterSpec, paths: Sequence[str]) -> list[str]:
     """Return the keys of both pattern tables that name none of `paths`."""
     keys = [*spec.rank_pattern, *spec.alpha_pattern]
     return [key for key in keys if not any(pattern_matches(key, path) for path in paths)]
+
+
+def _path_end(pattern: str) -> re.Pattern[str]:
+    _check_expression(pattern)
+    try:
+        return re.compile(rf"(.*\.)?({pattern})")
+    except re.error as error:
+        raise UserError(
+            f"{pattern!r} is not a regular expression for the end of a path: {error.msg}."
+        ) from None
+
+
+def _check_expression(expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise UserError(f"{expression!r} is not a regular expression: {error}.") from None
 
 
 def _is_number(value: object) -> bool:

@@ -125,6 +125,11 @@ def test_unmatched_patterns_of_both_tables():
             "'a)|(b' is not a regular expression: unbalanced parenthesis at position 1.",
         ),
         (
+            {"rank_pattern": {"(?i)q_proj": 4}},
+            "'(?i)q_proj' is not a regular expression for the end of a path: "
+            "global flags not at the start of the expression.",
+        ),
+        (
             {"rank_pattern": {"q_proj": 0}},
             "rank_pattern['q_proj'] must be a positive integer, got 0.",
         ),
@@ -138,6 +143,11 @@ def test_bad_values_are_named(fields, message):
     with pytest.raises(UserError) as error:
         AdapterSpec(**fields)
     assert str(error.value) == message
+
+
+def test_flags_of_a_group_and_of_a_whole_path():
+    assert AdapterSpec(rank_pattern={"(?i:Q_PROJ)": 4}).resolve("layers.0.q_proj").rank == 4
+    assert AdapterSpec(targets="(?i).*Q_PROJ").targets == "(?i).*Q_PROJ"
 
 
 def test_names_in_a_list_are_no_expressions():
