@@ -216,15 +216,18 @@ def _layer(
     if set(pair) != {"lora_A", "lora_B"}:
         raise UserError(f"{folder} has only {next(iter(pair))} of {path}; its other half is lost.")
     lora_a, lora_b = pair["lora_A"], pair["lora_B"]
-    rank = _first_match(config.get("rank_pattern") or {}, path, config.get("r", 8))
-    alpha = _first_match(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", 8))
-    check_rank(rank, f"{folder / CONFIG_FILE}: r of {path}")
+    ranks = _matches(config.get("rank_pattern") or {}, path, config.get("r", 8))
+    alpha = _matches(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", 8))[0]
+    for rank in ranks:
+        check_rank(rank, f"{folder / CONFIG_FILE}: r of {path}")
     check_alpha(alpha, f"{folder / CONFIG_FILE}: lora_alpha of {path}")
     if lora_a.dim() != 2 or lora_b.dim() != 2 or 0 in (*lora_a.shape, *lora_b.shape):
         raise UserError(
             f"{path} has matrices of shape {list(lora_a.shape)} and {list(lora_b.shape)} in "
             f"{folder}: it was saved without gathering its shards."
         )
+    # PEFT sorts the keys, so which of several came first in training, the matrices say alone.
+    rank = lora_a.shape[0] if lora_a.shape[0] in ranks else ranks[0]
     if lora_a.shape[0] != rank or lora_b.shape[1] != rank:
         raise UserError(
             f"{path} has rank {lora_a.shape[0]} in {WEIGHTS_FILE} and {rank} in {CONFIG_FILE}; "
@@ -256,12 +259,10 @@ def _unique_pattern(path: str, paths: Iterable[str]) -> str:
     return f"^{re.escape(path)}"
 
 
-def _first_match(patterns: Mapping[str, Value], path: str, default: Value) -> Value:
-    """Resolve as PEFT does: the first key in the file's order that matches."""
-    for pattern, value in patterns.items():
-        if pattern_matches(pattern, path):
-            return value
-    return default
+def _matches(patterns: Mapping[str, Value], path: str, default: Value) -> list[Value]:
+    """Return the values of the keys that match, in the file's order; PEFT takes the first."""
+    found = [value for pattern, value in patterns.items() if pattern_matches(pattern, path)]
+    return found or [default]
 
 
 def _most_common(values: Iterable[Value]) -> Value:

@@ -465,6 +465,33 @@ def test_ranks_that_contradict_each_other(folder):
     )
 
 
+@pytest.mark.parametrize("key", ["(q_proj", "(?i)v_proj"])
+def test_a_pattern_that_is_no_expression(folder, key):
+    change_config(folder, rank_pattern={key: 3})
+    assert refusal(folder).startswith(f"{key!r} is not a regular expression")
+
+
+def test_ranks_of_patterns_that_overlap(tiny_llama, tmp_path):
+    """PEFT's file has the keys sorted, so it does not say which came first in training."""
+    config = LoraConfig(
+        r=4,
+        use_rslora=True,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        rank_pattern={"q_proj": 2, "layers.0.self_attn.q_proj": 6, "layers.0.mlp.*": 5},
+    )
+    theirs = get_peft_model(copy.deepcopy(tiny_llama), config)
+    theirs.save_pretrained(tmp_path)
+    adapter = read_adapter(tmp_path)
+    ranks = {path: layer.numbers.rank for path, layer in adapter.layers.items()}
+    assert ranks["model.layers.0.self_attn.q_proj"] == 2
+    assert ranks["model.layers.0.mlp.up_proj"] == 5
+    attach_adapter(tiny_llama, adapter)
+    torch.testing.assert_close(logits(tiny_llama), logits(theirs), rtol=0, atol=1e-5)
+    change_config(tmp_path, rank_pattern={"q_proj": 3, "layers.0.self_attn.q_proj": 6})
+    assert "has rank 5 in" in refusal(tmp_path)
+
+
 def test_a_pattern_is_part_of_the_contradiction(folder):
     change_config(folder, rank_pattern={"layers.1.self_attn.v_proj": 2})
     assert refusal(folder).startswith("model.layers.1.self_attn.v_proj has rank 3 in")
