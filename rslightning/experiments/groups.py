@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from rslightning.errors import UserError
+from rslightning.experiments.differences import tell_apart
 from rslightning.experiments.runs import Run, Setting, is_run, method_order, read_run, read_yaml
 
 DEFAULT_FIGURES: Final = {
@@ -61,12 +62,29 @@ class Study:
 
     @cached_property
     def cells(self) -> dict[Cell, list[Run]]:
-        """The runs of each cell, one per seed; of all states."""
+        """The runs of each cell, one per seed; of all states.
+
+        Where several runs of a cell have one seed, each run is a cell that its name tells apart:
+        nothing says which of them is meant, and they are no further seeds.
+        """
         varied = _methods_with_several_alphas(self.runs)
-        cells: dict[Cell, list[Run]] = {}
+        found: dict[Cell, list[Run]] = {}
         for run in self.runs:
-            cells.setdefault(cell_of(run, varied), []).append(run)
+            found.setdefault(cell_of(run, varied), []).append(run)
+        cells: dict[Cell, list[Run]] = {}
+        for cell, runs in found.items():
+            if not _repeats(runs):
+                cells[cell] = runs
+                continue
+            for run in runs:
+                cells[cell._replace(method=f"{cell.method}, {run.name}")] = [run]
         return {cell: cells[cell] for cell in sorted(cells, key=lambda cell: cell.order)}
+
+    @property
+    def repeated(self) -> list[str]:
+        """The names of the runs that have method, rank, rate and seed in common with another."""
+        varied = _methods_with_several_alphas(self.runs)
+        return [run.name for run in self.runs if cell_of(run, varied) not in self.cells]
 
     @property
     def seeds(self) -> list[int]:
@@ -161,12 +179,33 @@ def _by_setting(
     claims: tuple[str, ...],
 ) -> Iterator[Study]:
     """Yield one study for each setting: losses of different settings are not compared."""
-    settings = sorted({_shared_setting(run, runs) for run in runs}, key=str)
-    for index, setting in enumerate(settings, 1):
-        own = [run for run in runs if _shared_setting(run, runs) == setting]
-        label = name if len(settings) == 1 else f"{name}-{index}"
+    groups = _settings(runs)
+    for index, setting in enumerate(sorted(groups, key=str), 1):
+        own = groups[setting]
+        label = name if len(groups) == 1 else f"{name}-{index}"
+        heading = f"{title}: {setting.others}" if setting.others else title
         own.sort(key=lambda run: (cell_of(run, set()).order, run.seed or 0, run.name))
-        yield Study(label, title, setting, figures, claims, tuple(own))
+        yield Study(label, heading, setting, figures, claims, tuple(own))
+
+
+def _settings(runs: Sequence[Run]) -> dict[Setting, list[Run]]:
+    """Return the runs of each setting, which names whatever else differs among them."""
+    alike: dict[Setting, list[Run]] = {}
+    for run in runs:
+        alike.setdefault(_shared_setting(run, runs), []).append(run)
+    groups: dict[Setting, list[Run]] = {}
+    for setting, own in alike.items():
+        words = tell_apart([run.config for run in own])
+        for run, others in zip(own, words, strict=True):
+            groups.setdefault(setting._replace(others=others), []).append(run)
+    return groups
+
+
+def _repeats(runs: Sequence[Run]) -> bool:
+    """Tell whether a seed has several runs, among those that ended, if there are any."""
+    ended = [run for run in runs if run.counts] or runs
+    seeds = [run.seed for run in ended if run.seed is not None]
+    return len(set(seeds)) < len(seeds)
 
 
 def _shared_setting(run: Run, runs: Sequence[Run]) -> Setting:

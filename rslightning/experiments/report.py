@@ -82,7 +82,7 @@ def _write_study(study: Study, folder: Path) -> tuple[str, bool]:
     """Write a study's figures; return its chapter and whether there is any figure."""
     figures = list(_write_figures(study, folder))
     drawn = (folder / study.name).exists()
-    parts = [f"## {study.title}", f"Setting: {_setting(study)}."]
+    parts = [f"## {study.title}", f"Setting: {_setting(study)}.", *_repeated(study)]
     if study.claims:
         parts += ["### Verdicts", *_waiting(study), _verdicts(study)]
     if figures:
@@ -115,6 +115,15 @@ def _write_figures(study: Study, folder: Path) -> Iterator[str]:
         yield (
             f"![{name}]({path}.png)\n\n*{name}* ({kind}; [SVG]({path}.svg), "
             f"[numbers]({path}.csv)): {drawing.caption}"
+        )
+
+
+def _repeated(study: Study) -> Iterator[str]:
+    if study.repeated:
+        names = ", ".join(f"`{name}`" for name in study.repeated)
+        yield (
+            f"Method, rank, learning rate and seed are those of another run in {names}: each is "
+            "shown by itself, and no verdict rests on it."
         )
 
 

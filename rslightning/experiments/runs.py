@@ -27,7 +27,10 @@ METHODS: Final = ("lora", "rslora", "quarter_root", "inverse_square", "unit", "a
 
 
 class Setting(NamedTuple):
-    """What runs must have in common so that their losses can be compared."""
+    """What runs must have in common so that their losses can be compared.
+
+    `others` says in words what else differs from the runs beside them, see `differences`.
+    """
 
     base_model: str
     data: str
@@ -35,10 +38,12 @@ class Setting(NamedTuple):
     targets: str
     batch: str
     steps: int | None
+    others: str = ""
 
     def __str__(self) -> str:
         steps = f"{self.steps} steps" if self.steps else ""
-        training = ", ".join(part for part in (self.optimizer, self.batch, steps) if part)
+        parts = (self.optimizer, self.batch, steps, self.others)
+        training = ", ".join(part for part in parts if part)
         where = f"{self.base_model or 'a model'} on {self.data or 'its data'}"
         targets = f", adapters on {self.targets}" if self.targets not in ("", "all_linear") else ""
         return f"{where}: {training}{targets}" if training else f"{where}{targets}"

@@ -30,12 +30,19 @@ def make_config(scaling, rank, rate, seed, **changes):
         }
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": rate}}
     data = {"batch_size": 8, "max_length": 256}
-    return {
+    config = {
         "seed_everything": seed,
         "model": {"base_model": "/a/b/tiny", "adapter": adapter, "optimizer": optimizer},
         "data": {"class_path": "rslightning.data.GSM8K", "init_args": data},
         "trainer": {"max_steps": changes.get("steps", STEPS), "accumulate_grad_batches": 1},
     }
+    for key, value in changes.get("keys", {}).items():
+        *path, last = key.split(".")
+        section = config
+        for name in path:
+            section = section[name]
+        section[last] = value
+    return config
 
 
 def falling(end, steps=STEPS, first=FIRST_LOSS):

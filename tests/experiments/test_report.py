@@ -71,6 +71,15 @@ def test_the_same_runs_give_the_same_bytes(sweep, report, tmp_path):
         assert path.read_bytes() == (again / path.relative_to(report)).read_bytes(), path.name
 
 
+def test_runs_of_one_cell_and_seed_are_told(tmp_path):
+    for name in ("version_0", "version_1"):
+        write_run(tmp_path / "runs" / name)
+    text = (write_report([str(tmp_path / "runs")], tmp_path / "report") / "report.md").read_text()
+    assert "are those of another run in `version_0`, `version_1`: each is shown by itself" in text
+    assert ", of one seed" in text
+    assert "seeds" not in text.partition("*What the words mean.*")[0]
+
+
 def test_a_report_is_replaced_and_nothing_else_is(sweep, tmp_path):
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "report.md").write_text(f"{MARK}\nof last year")
