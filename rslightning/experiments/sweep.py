@@ -6,7 +6,9 @@ runs/figure2/lora_rank4/         a cell: what its fit left, output.log, status.j
 """
 
 import argparse
+import itertools
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,7 +26,9 @@ from rslightning.experiments.grid import Cell, Sweep, describe_cells, read_sweep
 from rslightning.experiments.local import LocalLauncher, visible_devices
 from rslightning.experiments.slurm import SlurmLauncher
 from rslightning.experiments.table import SweepTable
+from rslightning.plain_yaml import read_plain_yaml
 from rslightning.recipes import find_config
+from rslightning.redaction import redact_values
 
 SWEEP_FILE: Final = "sweep.yaml"
 OPTIONS_FILE: Final = "options.yaml"
@@ -39,7 +43,7 @@ def sweep(arguments: argparse.Namespace) -> None:
 
     Raises:
         UserError: If the file is no sweep, an option or value of a cell is wrong, the folder is in
-            use or holds a sweep of another base.
+            use or holds cells of another configuration.
         RunError: If a cell failed; the others have been run.
     """
     plan = read_sweep(find_config(arguments.config))
@@ -156,26 +160,79 @@ def corners(cells: Sequence[Cell]) -> Iterator[Cell]:
 
 
 def write_plan(plan: Sweep, folder: Path, cells: list[Cell], options: Sequence[str]) -> None:
-    """Write what is swept; refuse a folder whose cells have another base."""
+    """Write what is swept; cells that were begun before stay listed with their values.
+
+    Raises:
+        UserError: If the folder holds cells that were begun with another base, or a cell of the
+            same name with other values.
+    """
     path = folder / SWEEP_FILE
     content = {
         **asdict(plan),
         "arguments": list(options),
+        "recipes": _recipes(plan, options),
         "cells": {cell.name: cell.values for cell in cells},
     }
     if path.exists():
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        begun = any((folder / name).exists() for name in before.get("cells", ()))
-        for key in ("base", "options", "arguments"):
-            if begun and before.get(key) != content[key]:
-                raise UserError(
-                    f"{folder} holds cells with {key} {before.get(key)!r}, this sweep has "
-                    f"{content[key]!r}: give another --output, or the same {key}."
-                )
+        cells_before = (before.get("cells") or {}).items()
+        begun = {name: values for name, values in cells_before if (folder / name).exists()}
+        if begun:
+            _refuse_another_base(folder, before, content)
+            _refuse_other_values(folder, begun, content["cells"])
+        content["cells"] = begun | content["cells"]
     for name, what in ((OPTIONS_FILE, plan.options), (SWEEP_FILE, content)):
         aside = folder / f".{name}"
         aside.write_text(yaml.safe_dump(what, sort_keys=False), encoding="utf-8")
         aside.replace(folder / name)
+
+
+def _recipes(plan: Sweep, options: Sequence[str]) -> dict[str, Any]:
+    """Return name -> what the base's files say now, and those that the options name."""
+    words = [word for option in options for word in re.split("(?<=^--config)=", option)]
+    named = [after for word, after in itertools.pairwise(words) if word == "--config"]
+    files = {name: read_plain_yaml(find_config(name)) for name in [*plan.base, *named]}
+    return {name: redact_values(content) for name, content in files.items()}
+
+
+def _refuse_another_base(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for key in ("base", "options", "arguments"):
+        if before.get(key) != now[key]:
+            raise UserError(
+                f"{folder} holds cells with {key} {before.get(key)!r}, this sweep has "
+                f"{now[key]!r}: give another --output, or the same {key}."
+            )
+    for name, content in (before.get("recipes") or {}).items():  # earlier versions kept none
+        if found := _first_difference(redact_values(content), now["recipes"].get(name)):
+            key, old, new = found
+            raise UserError(
+                f"{folder} holds cells with {key} {old} from {name}, where it now is {new}: give "
+                f"another --output, or the same {key}."
+            )
+
+
+def _refuse_other_values(folder: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, values in begun.items():
+        if found := _first_difference(values, now.get(name, values)):
+            key, old, new = found
+            raise UserError(
+                f"{folder} holds cell {name} with {key} {old}, this sweep has {new}: give another "
+                f"--output, or remove {folder / name} to run that cell anew."
+            )
+
+
+def _first_difference(before: Any, now: Any, key: str = "") -> tuple[str, str, str] | None:
+    """Return a key at which two contents differ, and what both have there; null if none does."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return (key or "content", repr(before), repr(now)) if before != now else None
+    for name in dict.fromkeys([*before, *now]):
+        inner = f"{key}.{name}" if key else str(name)
+        if name not in before or name not in now:
+            old, new = (repr(of[name]) if name in of else "unset" for of in (before, now))
+            return inner, old, new
+        if found := _first_difference(before[name], now[name], inner):
+            return found
+    return None
 
 
 def _tell_end(folder: Path, cells: Sequence[Cell]) -> None:

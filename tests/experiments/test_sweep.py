@@ -255,13 +255,89 @@ def test_a_folder_of_other_options_is_refused(command, capsys):
 
 def test_a_sweep_that_never_began_leaves_its_folder_free(tmp_path):
     """As after a misspelt option, which is found when the file is there already."""
-    plan = Sweep("any", ["a"], [{"rank": [4]}])
+    plan = Sweep("any", ["recipes/llama_gsm8k.yaml"], [{"rank": [4]}])
     write_plan(plan, tmp_path, plan.cells(), ["--model.adapter.rnk", "3"])
     write_plan(plan, tmp_path, plan.cells(), [])
     assert yaml.safe_load((tmp_path / "sweep.yaml").read_text())["arguments"] == []
     (tmp_path / "rank4").mkdir()
     with pytest.raises(UserError, match="holds cells with arguments"):
         write_plan(plan, tmp_path, plan.cells(), ["--x", "3"])
+
+
+OPTIMIZER = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-3, "weight_decay": 0.0}}
+
+
+@pytest.fixture
+def plan_of(tmp_path):
+    """Return the function that writes the plan of a sweep; its base is a file that can change."""
+    recipe, folder = tmp_path / "base.yaml", tmp_path / "runs"
+    folder.mkdir()
+
+    def plan(alpha=16.0, decay=0.0, options=(), **grid):
+        adapter = {"alpha": alpha, "rank": 8}
+        content = {"model": {"adapter": adapter}, "logger": {"api_key": "of mine"}}
+        recipe.write_text(f"# a comment\n{yaml.safe_dump(content)}")
+        init_args = {**OPTIMIZER["init_args"], "weight_decay": decay}
+        grid = grid or {"optimizer": [{**OPTIMIZER, "init_args": init_args}]}
+        swept = Sweep("any", [str(recipe)], [grid])
+        write_plan(swept, folder, swept.cells(), options)
+        return folder
+
+    return plan
+
+
+def test_a_cell_of_the_same_name_and_other_values_is_refused(plan_of):
+    folder = plan_of()
+    plan_of(decay=0.9)  # nothing has begun
+    plan_of()
+    (folder / "adamw").mkdir()
+    plan_of()
+    with pytest.raises(UserError) as raised:
+        plan_of(decay=0.9)
+    assert str(raised.value) == (
+        f"{folder} holds cell adamw with optimizer.init_args.weight_decay 0.0, this sweep has 0.9: "
+        f"give another --output, or remove {folder}/adamw to run that cell anew."
+    )
+    plan_of(rank=[4])  # other cells may join, and the first stays what it was
+    with pytest.raises(UserError, match="holds cell adamw with optimizer"):
+        plan_of(decay=0.9)
+    assert list(yaml.safe_load((folder / "sweep.yaml").read_text())["cells"]) == ["adamw", "rank4"]
+
+
+def test_a_base_that_was_edited_is_refused(plan_of, tmp_path):
+    folder = plan_of(rank=[4])
+    (folder / "rank4").mkdir()
+    with pytest.raises(UserError) as raised:
+        plan_of(alpha=64.0, rank=[4, 8])
+    recipe = tmp_path / "base.yaml"
+    assert str(raised.value) == (
+        f"{folder} holds cells with model.adapter.alpha 16.0 from {recipe}, where it now is 64.0: "
+        "give another --output, or the same model.adapter.alpha."
+    )
+    plan_of(rank=[4, 8])
+    assert "of mine" not in (folder / "sweep.yaml").read_text()
+
+
+@pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"]])
+def test_a_fragment_of_the_options_that_was_edited_is_refused(plan_of, tmp_path, form):
+    fragment = tmp_path / "fragment.yaml"
+    options = [word.format(fragment) for word in form]
+    fragment.write_text("data: {init_args: {max_length: 256}}")
+    folder = plan_of(options=options, rank=[4])
+    (folder / "rank4").mkdir()
+    fragment.write_text("data: {init_args: {batch_size: 4}}")
+    with pytest.raises(UserError, match=r"data.init_args.max_length 256 from .*, where .* unset"):
+        plan_of(options=options, rank=[4])
+
+
+def test_a_sweep_that_an_earlier_version_began_goes_on(plan_of):
+    folder = plan_of(rank=[4])
+    (folder / "rank4").mkdir()
+    plan = yaml.safe_load((folder / "sweep.yaml").read_text())
+    del plan["recipes"]
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(plan))
+    plan_of(alpha=64.0, rank=[4, 8])
+    assert "recipes" in yaml.safe_load((folder / "sweep.yaml").read_text())
 
 
 def test_a_sweep_is_no_recipe_and_a_recipe_no_sweep(command, capsys):
