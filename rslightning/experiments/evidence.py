@@ -1,7 +1,7 @@
 """What verdicts ask of a study: losses by method and rank at one rate, or at each cell's best."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, NamedTuple
@@ -108,9 +108,14 @@ class Evidence:
         runs = self.study.cells.get(Cell(method, rank, self.rate), [])
         return [run for run in runs if run.counts]
 
-    def paired(self, method: str) -> dict[int, list[Run]]:
-        """Return the runs of a method by rank at the untuned rate, of seeds that all ranks have."""
-        ranks = list(self.untuned(method))
+    def paired(self, method: str, ranks: Sequence[int] = ()) -> dict[int, list[Run]]:
+        """Return the runs of a method by rank at the untuned rate, of seeds that all ranks have.
+
+        Args:
+            method: Whose.
+            ranks: Those that are meant; none: all.
+        """
+        ranks = ranks or list(self.untuned(method))
         return dict(zip(ranks, same_seeds([self.runs(method, r) for r in ranks]), strict=True))
 
     @cached_property

@@ -5,6 +5,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -80,11 +81,12 @@ def _rises(found: ByRank, ranks: list[int], learned: float) -> list[int]:
 
 def gradient_norms(evidence: Evidence) -> Verdict:
     """Judge the slopes of the first step and the spread over the ranks through training."""
+    ranks = common(evidence.untuned("lora"), evidence.untuned("rslora"))
     slopes = {method: _first_slope(evidence, method) for method in ("lora", "rslora")}
-    spreads = {method: _norm_spread(evidence, method) for method in ("lora", "rslora")}
+    spreads = {method: _norm_spread(evidence, method, ranks) for method in ("lora", "rslora")}
     if any(map(math.isnan, slopes.values())) or not all(len(s) for s in spreads.values()):
-        return missing("grad_norm/mean of LoRA and rsLoRA at two ranks or more")
-    low, high = ends(common(evidence.untuned("lora"), evidence.untuned("rslora")))
+        return missing("grad_norm/mean of LoRA and rsLoRA at two ranks or more that both have")
+    low, high = ends(ranks)
     expected, usual = math.sqrt(high / low), float(np.median(spreads["lora"]))
     widest = float(np.max(spreads["rslora"]))
     theory = {"lora": -0.5, "rslora": 0.0}
@@ -114,14 +116,14 @@ def _slope(evidence: Evidence, method: str, tag: str, place: int) -> float:
     return log_log_slope(list(curves), values)
 
 
-def _norm_spread(evidence: Evidence, method: str) -> np.ndarray:
-    """Return the highest over the lowest norm among the ranks, at each step after the first."""
-    return _spread(evidence, method, "grad_norm/mean")[1:]
+def _norm_spread(evidence: Evidence, method: str, ranks: Sequence[int]) -> np.ndarray:
+    """Return the highest over the lowest norm among `ranks`, at each step after the first."""
+    return _spread(evidence, method, "grad_norm/mean", ranks)[1:] if ranks else np.zeros(0)
 
 
-def _spread(evidence: Evidence, method: str, tag: str) -> np.ndarray:
+def _spread(evidence: Evidence, method: str, tag: str, ranks: Sequence[int] = ()) -> np.ndarray:
     """Return the highest over the lowest value among the ranks at each step that all have."""
-    curves = [mean_curve(runs, tag) for runs in evidence.paired(method).values()]
+    curves = [mean_curve(runs, tag) for runs in evidence.paired(method, ranks).values()]
     if len(curves) < 2:
         return np.zeros(0)
     steps = curves[0][0]

@@ -85,6 +85,24 @@ def test_a_further_seed_of_one_rank_changes_no_slope():
     assert "rslora +0.000 (theory 0)" in numbers
 
 
+def test_spreads_of_gradient_norms_are_over_the_ranks_that_both_methods_have():
+    """LoRA's from 4 to 16 is 2; to 64 it would be 4."""
+    runs = [run for run in runs_with_norms(-0.5, 0.0) if (run.method, run.rank) != ("rslora", 64)]
+    verdict, numbers = judge("gradient_norms", runs)
+    assert verdict == "reproduced"
+    assert "among ranks 4 to 16 at" in numbers
+    assert "lora 2.0 in the median over training, theory at the first step 2.0" in numbers
+
+
+@pytest.mark.parametrize("missing", [{"lora": (64,), "rslora": (4, 16)}, {"rslora": (4, 16, 64)}])
+def test_gradient_norms_of_methods_without_two_ranks_in_common_show_nothing(missing):
+    runs = [
+        run for run in runs_with_norms(-0.5, 0.0) if run.rank not in missing.get(run.method, ())
+    ]
+    runs += [make_run("rslora", 128, curves=norms(3.0)), make_run("lora", 2, curves=norms(3.0))]
+    assert judge("gradient_norms", runs).verdict == "not shown"
+
+
 @pytest.mark.parametrize("made", [(-0.45, 0.0), (-0.5, 0.05), (-0.5, 0.0, 4.0)])
 def test_gradient_norms_otherwise(made):
     assert judge("gradient_norms", runs_with_norms(*made)).verdict == "not reproduced"
