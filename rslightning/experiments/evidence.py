@@ -33,7 +33,7 @@ class Verdict(NamedTuple):
 
     Attributes:
         verdict: `reproduced`, `not reproduced`, `confounded` (something else explains it as well)
-            or `not shown` (the runs for it are not there).
+            or `not shown` (the runs for it are not there, or broke where they are compared).
         numbers: One or two sentences with the numbers.
     """
 
@@ -135,10 +135,16 @@ class Evidence:
         return {rate: 2 * sum(map(is_unstable, runs[rate])) > len(runs[rate]) for rate in tried}
 
     def breaks_first(self, method: str, rank: int) -> list[float]:
-        """Return the rates at which a method is unstable, and rsLoRA at the same rank is not."""
+        """Return the rates at which a method is unstable, and rsLoRA's runs there are not."""
         rslora = self.rates_tried("rslora", rank)
         found = self.rates_tried(method, rank)
-        return [rate for rate, breaks in found.items() if breaks and not rslora.get(rate, False)]
+        return [rate for rate, breaks in found.items() if breaks and rslora.get(rate) is False]
+
+    def breaks_alone(self, method: str, rank: int) -> list[float]:
+        """Return the rates at which a method is unstable, and no run of rsLoRA has ended."""
+        rslora = self.rates_tried("rslora", rank)
+        found = self.rates_tried(method, rank)
+        return [rate for rate, breaks in found.items() if breaks and rate not in rslora]
 
     @property
     def seeds(self) -> str:
@@ -184,6 +190,11 @@ def signed(found: Estimate) -> str:
 def missing(what: str) -> Verdict:
     """Return the verdict that nothing can be said, with what is missing."""
     return Verdict(NOT_SHOWN, f"The runs for it are not there: it takes {what}.")
+
+
+def undecided(numbers: str, why: str) -> Verdict:
+    """Return the verdict that the runs do not decide, with what they show and the reason."""
+    return Verdict(NOT_SHOWN, f"{numbers}. Undecided: {why}.")
 
 
 def _mean(losses: Losses) -> float:

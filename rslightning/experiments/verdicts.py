@@ -23,6 +23,7 @@ from rslightning.experiments.evidence import (
     list_losses,
     missing,
     signed,
+    undecided,
 )
 from rslightning.experiments.measures import (
     FLAT,
@@ -63,13 +64,15 @@ def rank_gains(evidence: Evidence) -> Verdict:
     rises = _rises(rslora, ranks, learned)
     falls = gain.mean > 0 and counts(gain, learned) and not rises
     flat = not counts(other, learned) or other.mean < SHARE * gain.mean
-    return Verdict(
-        REPRODUCED if falls and flat else NOT_REPRODUCED,
+    numbers = (
         f"{evidence.kind.capitalize()} loss{evidence.at_rate}: {list_losses('rslora', rslora)}; "
         f"{list_losses('lora', lora)}. From rank {low} to {high} rslora gains {signed(gain)} and "
         f"lora {signed(other)}; rslora leads by {signed(lead)} at rank {high} ({evidence.seeds})"
-        f"{'; rslora rises at rank ' + ', '.join(map(str, rises)) if rises else ''}.",
+        f"{'; rslora rises at rank ' + ', '.join(map(str, rises)) if rises else ''}"
     )
+    if falls and flat and (math.isinf(gain.mean) or math.isnan(other.mean)):
+        return undecided(numbers, f"training broke at rank {low}, so that no gain can be measured")
+    return Verdict(REPRODUCED if falls and flat else NOT_REPRODUCED, f"{numbers}.")
 
 
 def _rises(found: ByRank, ranks: list[int], learned: float) -> list[int]:
@@ -142,16 +145,30 @@ def other_scalings(evidence: Evidence) -> Verdict:
     if not large or not small or not common(small, rslora):
         return missing("quarter_root, inverse_square and rslora at a high rank")
     high, rank = max(large), max(common(small, rslora))
-    broken = evidence.breaks_first("quarter_root", high)
     reference, learned = (evidence.learned(name, rank) for name in ("rslora", "inverse_square"))
-    stuck = learned < LEARNS * reference
-    return Verdict(
-        REPRODUCED if broken and stuck else NOT_REPRODUCED,
+    numbers = (
         f"quarter_root at rank {high} {_where_unstable(evidence, 'quarter_root', high)}; "
         f"{evidence.at_rate.strip()}: {_beside(evidence, 'quarter_root', high)}. inverse_square at "
         f"rank {rank}{evidence.at_rate}: the training loss falls by {learned:.4f}, rslora's by "
-        f"{reference:.4f} ({evidence.seeds}).",
+        f"{reference:.4f} ({evidence.seeds})"
     )
+    if math.isnan(reference):
+        return undecided(numbers, f"rslora broke at rank {rank}{evidence.at_rate}")
+    return _judge_breaking(
+        evidence, "quarter_root", high, numbers, rest=learned < LEARNS * reference
+    )
+
+
+def _judge_breaking(
+    evidence: Evidence, method: str, rank: int, numbers: str, rest: bool
+) -> Verdict:
+    """Judge whether a method is unstable where rsLoRA is not, and the rest of the claim holds."""
+    broken, alone = (f(method, rank) for f in (evidence.breaks_first, evidence.breaks_alone))
+    if rest and alone and not broken:
+        rates = ", ".join(f"{rate:g}" for rate in alone)
+        why = f"no run of rslora at rank {rank} has ended at learning rate {rates}"
+        return undecided(numbers, why)
+    return Verdict(REPRODUCED if broken and rest else NOT_REPRODUCED, f"{numbers}.")
 
 
 def _where_unstable(evidence: Evidence, method: str, rank: int) -> str:
@@ -159,12 +176,10 @@ def _where_unstable(evidence: Evidence, method: str, rank: int) -> str:
 
     def listed(name: str) -> str:
         tried = evidence.rates_tried(name, rank)
-        return ", ".join(f"{rate:g}" for rate, breaks in tried.items() if breaks) or "none"
+        broken = ", ".join(f"{rate:g}" for rate, breaks in tried.items() if breaks) or "none"
+        return f"{broken} of {', '.join(f'{rate:g}' for rate in tried) or 'none that were tried'}"
 
-    tried = ", ".join(f"{rate:g}" for rate in evidence.rates_tried(method, rank))
-    return (
-        f"is unstable at learning rates {listed(method)} of {tried}, rslora at {listed('rslora')}"
-    )
+    return f"is unstable at learning rates {listed(method)}, rslora at {listed('rslora')}"
 
 
 def _beside(evidence: Evidence, method: str, rank: int) -> str:
@@ -181,16 +196,15 @@ def initialization(evidence: Evidence) -> Verdict:
     if not large or len(small) < 2:
         return missing("unit at a high rank and lora at two, both with init: rank_corrected")
     high = max(large)
-    broken = evidence.breaks_first(unit, high)
     low, top = ends(small)
     gain, learned = difference(small[low], small[top]), evidence.learned(lora, low)
-    return Verdict(
-        REPRODUCED if broken and _gains_nothing(gain, learned) else NOT_REPRODUCED,
+    numbers = (
         f"With A scaled by 1/sqrt(r) at initialization, unit at rank {high} "
         f"{_where_unstable(evidence, unit, high)}; {evidence.at_rate.strip()}: "
         f"{_beside(evidence, unit, high)}. {list_losses('lora', small)}: from rank {low} to {top} "
-        f"it gains {signed(gain)} of {learned:.4f} that it learns ({evidence.seeds}).",
+        f"it gains {signed(gain)} of {learned:.4f} that it learns ({evidence.seeds})"
     )
+    return _judge_breaking(evidence, unit, high, numbers, rest=_gains_nothing(gain, learned))
 
 
 def _gains_nothing(gain: Estimate, learned: float) -> bool:
@@ -242,8 +256,11 @@ def learning_rate(evidence: Evidence) -> Verdict:
     )
     if not (before.mean > 0 and counts(before, learned)):
         return Verdict(NOT_REPRODUCED, f"{numbers}: there is no gap to close.")
-    closed = 1 - after.mean / before.mean if math.isfinite(before.mean) else 0.0
     reached = not (after.mean > 0 and counts(after, learned))
+    if not reached and math.isinf(before.mean):
+        why = f"lora broke at rank {low}{evidence.at_rate}, so that the gap has no size"
+        return undecided(numbers, why)
+    closed = 1 - after.mean / before.mean
     verdict = CONFOUNDED if reached or closed >= SHARE else REPRODUCED
     how = "it reaches it" if reached else "it does not reach it"
     return Verdict(verdict, f"{numbers}: the rate closes {closed:.0%} of the gap; {how}.")
@@ -286,6 +303,8 @@ def tuned(evidence: Evidence) -> Verdict:
 def _judge_tuned(numbers: str, before: Estimate, lead: Estimate, learned: float) -> Verdict:
     if not (before.mean > 0 and counts(before, learned)):
         return Verdict(NOT_REPRODUCED, f"{numbers}. There is no untuned lead to explain.")
+    if math.isinf(lead.mean):
+        return undecided(numbers, "lora broke at each of its rates, so that the lead has no size")
     left = lead.mean / before.mean
     words = f"{numbers}. {left:.0%} of the untuned lead is left"
     if left < HALF:
@@ -317,9 +336,11 @@ def adalora(evidence: Evidence) -> Verdict:
     helps = leads[high].mean > 0 and counts(leads[high], learned)
     grows = leads[high].mean > leads[low].mean
     listed = ", ".join(f"r={rank} {signed(lead)}" for rank, lead in leads.items())
-    return Verdict(
-        REPRODUCED if helps and grows else NOT_REPRODUCED,
+    numbers = (
         f"{evidence.kind.capitalize()} loss{evidence.at_rate}: "
         f"{list_losses('adalora-rslora', scaled)}; {list_losses('adalora', plain)}. Lead of "
-        f"rsLoRA's scaling by initial rank: {listed} ({evidence.seeds}).",
+        f"rsLoRA's scaling by initial rank: {listed} ({evidence.seeds})"
     )
+    if helps and grows and math.isinf(leads[high].mean):
+        return undecided(numbers, f"adalora broke at rank {high}, so that the lead has no size")
+    return Verdict(REPRODUCED if helps and grows else NOT_REPRODUCED, f"{numbers}.")

@@ -148,6 +148,30 @@ def test_a_rate_that_breaks_rslora_too_says_nothing_of_a_scaling():
     assert "unstable at learning rates 0.001, 0.01 of 0.001, 0.01, rslora at none" in found.numbers
 
 
+def test_a_rate_at_which_no_run_of_rslora_ended_shows_no_difference():
+    high = 1e-2
+    runs = [
+        make_run("inverse_square", 64, losses=falling(3.95)),
+        make_run("quarter_root", 64, losses=falling(1.5)),
+        make_run("quarter_root", 64, high, losses=blow_up()),
+        make_run("rslora", 64, losses=falling(1.5)),
+    ]
+    killed = make_run("rslora", 64, high, losses=blow_up(), state="unfinished")
+    for of in (runs, [*runs, killed]):
+        found = judge("other_scalings", of, rate=1e-3)
+        assert found.verdict == "not shown"
+        assert "unstable at learning rates 0.01 of 0.001, 0.01, rslora at none of 0.001" in (
+            found.numbers
+        )
+        assert found.numbers.endswith(
+            "Undecided: no run of rslora at rank 64 has ended at learning rate 0.01."
+        )
+    stable = make_run("rslora", 64, high, losses=falling(1.4))
+    assert judge("other_scalings", [*runs, stable], rate=1e-3).verdict == "reproduced"
+    learns = make_run("inverse_square", 64, losses=falling(2.0))
+    assert judge("other_scalings", [learns, *runs[1:]], rate=1e-3).verdict == "not reproduced"
+
+
 @pytest.mark.parametrize(
     ("unit", "lora", "verdict"),
     [
@@ -159,7 +183,10 @@ def test_a_rate_that_breaks_rslora_too_says_nothing_of_a_scaling():
 def test_initialization(unit, lora, verdict):
     init = {"init": "rank_corrected"}
     runs = [make_run("unit", 64, losses=unit, **init), *runs_by_rank("lora", lora, **init)]
-    assert judge("initialization", runs).verdict == verdict
+    stable = [make_run("rslora", 64, losses=falling(1.5))]
+    assert judge("initialization", runs + stable).verdict == verdict
+    alone = judge("initialization", runs)
+    assert alone.verdict == ("not shown" if verdict == "reproduced" else verdict)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +267,33 @@ def test_tuned(lora_high, verdict, left):
     assert found.verdict == verdict
     assert left in found.numbers
     assert "rslora r=4 2.0000 ± 0.0023 at 0.001, r=64 1.5000 ± 0.0023 at 0.001" in found.numbers
+
+
+def test_what_broke_at_every_rate_leaves_no_lead_to_measure():
+    """Nor is a loss that is infinite a gap of which a share could be told."""
+    runs = tuned_runs({4: (2.4, 2.1, 2.0), 64: (math.nan,) * 3}, RSLORA)
+    found = judge("tuned", runs)
+    assert found.verdict == "not shown"
+    assert "Undecided: lora broke at each of its rates" in found.numbers
+    assert "nan" not in found.numbers
+    some = tuned_runs({4: (2.4, 2.1, 2.0), 64: (2.4, math.nan, 2.1)}, RSLORA)
+    assert judge("tuned", some).verdict == "confounded"  # a rate brings it from infinity to 2.1
+
+    found = judge("learning_rate", rate_runs((2.2, math.nan, 1.7)), rate=1e-3)
+    assert found.verdict == "not shown"
+    assert "Undecided: lora broke at rank 4 at learning rate 0.001" in found.numbers
+
+    rslora = runs_by_rank("rslora", (2.0, 1.8, 1.5))
+    rslora[0] = make_run("rslora", 4, losses=[4.0, math.nan])
+    found = judge("rank_gains", rslora + runs_by_rank("lora", (2.1, 2.1, 2.1)))
+    assert found.verdict == "not shown"
+    broken = runs_by_rank("lora", (math.nan, 2.1, math.nan))
+    found = judge("rank_gains", runs_by_rank("rslora", (2.0, 1.8, 1.5)) + broken)
+    assert found.verdict == "not shown"
+    assert "Undecided: training broke at rank 4" in found.numbers
+
+    plain, scaled = allocated("lora", (2.0, 2.0, math.nan)), allocated("rslora", (2.0, 1.9, 1.7))
+    assert judge("adalora", plain + scaled).verdict == "not shown"
 
 
 def test_the_sweep_may_name_the_untuned_rate():
