@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from rslightning.errors import UserError
+from rslightning.experiments.endings import is_at_its_end
 from rslightning.experiments.event_files import PATTERN, Curve, Events, read_events
 from rslightning.plain_yaml import read_plain_yaml
 
@@ -171,7 +172,7 @@ class Run:
 def read_run(folder: Path, name: str, in_sweep: bool) -> Run:
     """Return the run in `folder`.
 
-    Outside of a sweep nobody writes how a run ended; it is finished if it took all its steps.
+    Outside of a sweep nobody writes how a run ended; its folder tells, see `endings`.
 
     Args:
         folder: The run folder.
@@ -185,7 +186,7 @@ def read_run(folder: Path, name: str, in_sweep: bool) -> Run:
     status = _read_status(folder / "status.json")
     state = str(status.get("state", "unfinished"))
     run = Run(folder, name, config, state, str(status.get("message") or ""))
-    if status or in_sweep or not _took_all_steps(run):
+    if status or in_sweep or not _is_at_its_end(run):
         return run
     return Run(folder, name, config, "finished", "")
 
@@ -215,9 +216,16 @@ def method_order(method: str) -> tuple[int, str]:
     return (METHODS.index(family) if family in METHODS else len(METHODS), method)
 
 
-def _took_all_steps(run: Run) -> bool:
+def _is_at_its_end(run: Run) -> bool:
     steps = run.curve("train/loss").steps
-    return run.max_steps is not None and len(steps) > 0 and steps[-1] + 1 >= run.max_steps
+    epochs = _number(_at(run.config, "trainer.max_epochs"), int)
+    return is_at_its_end(
+        run.folder,
+        logged=int(steps[-1]) + 1 if len(steps) else 0,
+        max_steps=run.max_steps,
+        max_epochs=epochs if epochs and epochs > 0 else None,
+        adapts=run.adapter is not None,
+    )
 
 
 def _read_status(path: Path) -> dict[str, Any]:
