@@ -96,6 +96,19 @@ def test_the_baseline_differs_in_its_scaling_alone():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+def test_the_last_held_out_loss_is_that_of_the_end(recipe):
+    """Where validation is counted in batches, and their number is known: not of packed passes."""
+    content = read(recipe)
+    trainer, data = content["trainer"], content["data"]["init_args"]
+    every = trainer.get("val_check_interval")
+    if "max_steps" in trainer:
+        batches = trainer["max_steps"] * trainer.get("accumulate_grad_batches", 1)
+    else:
+        batches = None if data["packing"] else data.get("num_examples", 0) // data["batch_size"]
+    assert every is None or batches is None or batches % every == 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_run_is_logged_under_its_recipe_s_name(recipe):
     name = read(recipe)["trainer"]["logger"]["init_args"]["name"]
     assert recipe == f"recipes/{name}.yaml"

@@ -20,6 +20,7 @@ from rslightning.experiments.measures import (
     estimate,
     final_losses,
     loss_kind,
+    loss_words,
     starting_losses,
 )
 from rslightning.experiments.palette import cell_name, look, method_look, method_name
@@ -83,8 +84,8 @@ def draw_held_out(study: Study) -> Drawing | None:
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.set_xlabel(f"{kind} loss, nats per target token")
     caption = (
-        f"Final {kind} loss of each cell; {ERRORS}, thin strokes the seeds. Arrows: at or above "
-        "the loss that all begin with, or not finite."
+        f"Final {loss_words(study, kind)} of each cell; {ERRORS}, thin strokes the seeds. Arrows: "
+        "at or above the loss that all begin with, or not finite."
     )
     return Drawing(figure, (*CELL_HEADER, *ESTIMATE_HEADER), [p.row for p in found], caption)
 
@@ -110,8 +111,8 @@ def draw_rates(study: Study) -> Drawing | None:
     panels[0].set_ylabel(f"{kind} loss, nats per target token")
     legend_beside(figure, panels)
     caption = (
-        f"Final {kind} loss over the learning rate; {ERRORS}, rings the best rate of each curve. "
-        "Arrows: at or above the loss that all begin with, or not finite."
+        f"Final {loss_words(study, kind)} over the learning rate; {ERRORS}, rings the best rate of "
+        "each curve. Arrows: at or above the loss that all begin with, or not finite."
     )
     return Drawing(figure, (*CELL_HEADER, *ESTIMATE_HEADER), [p.row for p in found], caption)
 
@@ -136,8 +137,8 @@ def draw_best_rank(study: Study) -> Drawing | None:
     axes.set_ylabel(f"{kind} loss, nats per target token")
     legend_beside(figure, [axes])
     caption = (
-        f"Lowest mean {kind} loss over the learning rates; {ERRORS}; the chosen rate stands beside "
-        "each point."
+        f"Lowest mean {loss_words(study, kind)} over the learning rates; {ERRORS}; the chosen rate "
+        "stands beside each point."
     )
     return Drawing(figure, (*CELL_HEADER, *ESTIMATE_HEADER), [p.row for p in best], caption)
 
@@ -157,8 +158,8 @@ def draw_budget(study: Study) -> Drawing | None:
     axes.set(xlabel="parameters kept", ylabel=f"{kind} loss, nats per target token")
     legend_beside(figure, [axes])
     caption = (
-        f"Final {kind} loss (at the best rate, where there are several) over the number of "
-        f"parameters that are trained or, under AdaLoRA, kept at the end; {ERRORS}."
+        f"Final {loss_words(study, kind)} (at the best rate, where there are several) over the "
+        f"number of parameters that are trained or, under AdaLoRA, kept at the end; {ERRORS}."
     )
     rows = [(*p.row[:3], budgets[p.cell], *p.row[3:]) for p in found]
     header = (*CELL_HEADER, "parameters", *ESTIMATE_HEADER)

@@ -14,6 +14,7 @@ from rslightning.experiments.measures import (
     is_unstable,
     learned,
     loss_kind,
+    loss_words,
     same_seeds,
     starting_losses,
 )
@@ -51,6 +52,11 @@ class Evidence:
     def kind(self) -> str:
         """Which loss decides: `held-out` or `training`."""
         return loss_kind(self.study)
+
+    @cached_property
+    def loss(self) -> str:
+        """What that loss is called, for a sentence."""
+        return loss_words(self.study, self.kind)
 
     @cached_property
     def rate(self) -> float | None:

@@ -92,6 +92,28 @@ def loss_kind(study: Study) -> str:
     return "held-out" if has_all else "training"
 
 
+def loss_words(study: Study, kind: str) -> str:
+    """Return what a final loss is called: `held-out loss (step 600 of 625)` if training went on.
+
+    Nothing is said of the step where every run's last held-out loss is of its last step.
+    """
+    ended = [run for run in study.runs if run.counts and not run.broke]
+    early = [found for run in ended if (found := _early_step(run)) is not None]
+    if kind != "held-out" or not early:
+        return f"{kind} loss"
+    steps = " or ".join(f"{step} of {last}" for step, last in sorted(set(early)))
+    some = f" in {len(early)} of {len(ended)} runs" if len(early) < len(ended) else ""
+    return f"{kind} loss (step {steps}{some})"
+
+
+def _early_step(run: Run) -> tuple[int, int] | None:
+    """Return the steps of the last held-out and of the last training loss, if the first is less."""
+    held_out, training = (run.curve(f"{part}/loss").steps for part in ("val", "train"))
+    if not len(held_out) or not len(training) or held_out[-1] >= training[-1]:
+        return None
+    return int(held_out[-1]) + 1, int(training[-1]) + 1
+
+
 def final_losses(study: Study, cell: Cell, kind: str) -> dict[int, float]:
     """Return the final loss of each seed of a cell, infinite where a run broke.
 

@@ -65,7 +65,7 @@ def rank_gains(evidence: Evidence) -> Verdict:
     falls = gain.mean > 0 and counts(gain, learned) and not rises
     flat = not counts(other, learned) or other.mean < SHARE * gain.mean
     numbers = (
-        f"{evidence.kind.capitalize()} loss{evidence.at_rate}: {list_losses('rslora', rslora)}; "
+        f"{evidence.loss.capitalize()}{evidence.at_rate}: {list_losses('rslora', rslora)}; "
         f"{list_losses('lora', lora)}. From rank {low} to {high} rslora gains {signed(gain)} and "
         f"lora {signed(other)}; rslora leads by {signed(lead)} at rank {high} ({evidence.seeds})"
         f"{'; rslora rises at rank ' + ', '.join(map(str, rises)) if rises else ''}"
@@ -185,7 +185,7 @@ def _where_unstable(evidence: Evidence, method: str, rank: int) -> str:
 def _beside(evidence: Evidence, method: str, rank: int) -> str:
     """Return a method's loss beside rsLoRA's at the same rank."""
     own, rslora = evidence.untuned(method).get(rank), evidence.untuned("rslora").get(rank)
-    words = f"{evidence.kind} loss {estimate((own or {}).values())}"
+    words = f"{evidence.loss} {estimate((own or {}).values())}"
     return f"{words}, rslora {estimate(rslora.values())}" if rslora else words
 
 
@@ -249,7 +249,7 @@ def learning_rate(evidence: Evidence) -> Verdict:
     before, after = difference(own, rslora[high]), difference(best, rslora[high])
     learned = evidence.learned("rslora", high)
     numbers = (
-        f"{evidence.kind.capitalize()} loss of rslora at rank {high}{evidence.at_rate}: "
+        f"{evidence.loss.capitalize()} of rslora at rank {high}{evidence.at_rate}: "
         f"{estimate(rslora[high].values())}; lora at rank {low} is behind by {signed(before)} at "
         f"that rate and by {signed(after)} at its best of {len(rates[low])} rates, {rate:g}"
         f"{_edge(rate, rates[low])} ({evidence.seeds})"
@@ -291,7 +291,7 @@ def tuned(evidence: Evidence) -> Verdict:
     first = difference(untuned["rslora"][low], untuned["rslora"][high])
     learned = evidence.learned("rslora", low)
     numbers = (
-        f"With the best rate of each method and rank ({evidence.kind} loss, {evidence.seeds}): "
+        f"With the best rate of each method and rank ({evidence.loss}, {evidence.seeds}): "
         f"{_list_tuned(evidence, 'rslora', ranks)}; {_list_tuned(evidence, 'lora', ranks)}. "
         f"rslora's lead at rank {high} is {signed(lead)}, at one rate for all ({evidence.rate:g}) "
         f"{signed(before)}; from rank {low} to {high} rslora gains {signed(gains['rslora'])} (one "
@@ -337,7 +337,7 @@ def adalora(evidence: Evidence) -> Verdict:
     grows = leads[high].mean > leads[low].mean
     listed = ", ".join(f"r={rank} {signed(lead)}" for rank, lead in leads.items())
     numbers = (
-        f"{evidence.kind.capitalize()} loss{evidence.at_rate}: "
+        f"{evidence.loss.capitalize()}{evidence.at_rate}: "
         f"{list_losses('adalora-rslora', scaled)}; {list_losses('adalora', plain)}. Lead of "
         f"rsLoRA's scaling by initial rank: {listed} ({evidence.seeds})"
     )

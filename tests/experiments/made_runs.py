@@ -97,8 +97,7 @@ def write_sweep(folder, **content):
 def make_run(scaling="rslora", rank=4, rate=1e-3, seed=0, losses=None, held_out=None, **more):
     """Return a run that is in no folder, with the curves that `write_run` would write."""
     curves = {"train/loss": falling(2.0) if losses is None else losses, **more.pop("curves", {})}
-    if held_out is not None:
-        curves["val/loss"] = [held_out]
+    held_out_at = more.pop("held_out_at", len(curves["train/loss"]) - 1)
     state, message = more.pop("state", "finished"), more.pop("message", "")
     config = make_config(scaling, rank, rate, seed, **more)
     run = Run(Path("nowhere"), f"{scaling}_{rank}_{rate:g}_{seed}", config, state, message)
@@ -106,6 +105,8 @@ def make_run(scaling="rslora", rank=4, rate=1e-3, seed=0, losses=None, held_out=
         tag: Curve(np.arange(len(values)), np.array(values, float))
         for tag, values in curves.items()
     }
+    if held_out is not None:
+        points["val/loss"] = Curve(np.array([held_out_at]), np.array([held_out], float))
     run.__dict__["events"] = Events(points, {})  # as the cached property keeps what it read
     return run
 

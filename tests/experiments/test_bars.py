@@ -56,6 +56,13 @@ def test_held_out_has_mean_and_error_of_every_cell():
     assert len(axes.containers) == 9  # error bars
 
 
+def test_captions_say_at_which_step_a_held_out_loss_was_taken():
+    study = make_study([make_run(rate=rate, held_out=2.0, held_out_at=19) for rate in (1e-4, 1e-3)])
+    for draw in (draw_held_out, draw_rates, draw_best_rank):
+        assert "held-out loss (step 20 of 24)" in draw(study).caption
+    assert "Final held-out loss of each cell" in draw_held_out(grid()).caption
+
+
 def test_rates_have_a_panel_for_each_method_and_a_curve_for_each_rank():
     drawing = draw_rates(grid())
     panels = drawing.figure.axes

@@ -16,6 +16,7 @@ from rslightning.experiments.measures import (
     learned,
     log_log_slope,
     loss_kind,
+    loss_words,
     mean_curve,
     same_seeds,
     starting_losses,
@@ -64,6 +65,20 @@ def test_the_held_out_loss_decides_if_all_have_it():
     assert loss_kind(study) == "held-out"
     losses = final_losses(study, Cell("rslora", 4, 1e-3), "held-out")
     assert losses == {0: 1.5, 1: 1.6, 2: math.inf}
+
+
+def test_a_held_out_loss_from_before_the_end_says_so():
+    """Of 24 steps the last held-out loss is of the one with index 23."""
+    at_the_end = make_run(seed=0, held_out=1.5)
+    early = make_run(seed=1, held_out=1.6, held_out_at=19)
+    killed = make_run(seed=2, held_out=1.6, held_out_at=9, state="unfinished")
+    for runs, words in (
+        ([at_the_end, killed], "held-out loss"),
+        ([early, killed], "held-out loss (step 20 of 24)"),
+        ([at_the_end, early], "held-out loss (step 20 of 24 in 1 of 2 runs)"),
+    ):
+        assert loss_words(make_study(runs), "held-out") == words
+        assert loss_words(make_study(runs), "training") == "training loss"
 
 
 def test_what_was_learned_leaves_out_what_broke():

@@ -34,6 +34,16 @@ def test_rank_gains_when_rslora_alone_gains():
     assert "Training loss at learning rate 0.001" in numbers
 
 
+def test_a_verdict_says_at_which_step_its_held_out_losses_were_taken():
+    runs = [
+        make_run(scaling, rank, held_out=2.0, held_out_at=19)
+        for scaling in ("lora", "rslora")
+        for rank in RANKS
+    ]
+    numbers = judge("rank_gains", runs).numbers
+    assert numbers.startswith("Held-out loss (step 20 of 24) at learning rate 0.001: rslora")
+
+
 @pytest.mark.parametrize(
     ("rslora", "lora"),
     [
