@@ -20,6 +20,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
 from rslightning.callbacks import (
@@ -181,6 +182,7 @@ class RecipeCLI(LightningCLI):
                 "cannot go on: take the strategy that wrote it, or begin anew from its adapters "
                 f"with --model.start_from {path}."
             )
+        _keep_metrics(self.trainer)
 
     def before_validate(self) -> None:
         """Take the adapter of the checkpoint alone: of any strategy and number of processes."""
@@ -241,6 +243,18 @@ def _remove_unbegun(trainer: Trainer, since: int) -> None:
             if folder.parent != Path(logger.save_dir or folder.parent):
                 with suppress(OSError):  # it holds other runs
                     folder.parent.rmdir()
+
+
+def _keep_metrics(trainer: Trainer) -> None:
+    """Rename what a CSVLogger wrote of a run that goes on in its folder: it would delete it."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        if not isinstance(logger, CSVLogger):
+            continue
+        path, number = Path(logger.log_dir, "metrics.csv"), 1
+        while (aside := path.with_name(f"metrics.before-resume-{number}.csv")).exists():
+            number += 1
+        if path.exists():
+            path.rename(aside)
 
 
 def _any_checkpoint(ours: list[Any], config: dict[str, Any]) -> bool:

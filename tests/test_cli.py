@@ -1,3 +1,4 @@
+import csv
 import fcntl
 import io
 import json
@@ -764,6 +765,24 @@ def test_resuming_goes_on_in_the_same_folder(fitted):
     assert steps == [3, 5]
     saved = torch.load(fitted / "checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == 5
+
+
+@resumes
+@pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty")
+def test_what_a_csv_logger_wrote_is_kept(recipe):
+    logger = ("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "runs")
+    fit = ("fit", "--config", recipe, *logger, "--trainer.logger.name", "tiny")
+    folder = Path("runs/tiny/version_0")
+
+    def steps(name):
+        lines = csv.DictReader((folder / name).read_text().splitlines())
+        return {int(line["step"]) for line in lines if line["train/loss"]}
+
+    assert run(*fit, "--trainer.limit_val_batches", "0").status == 0
+    again = ("--trainer.logger.version", "0", "--ckpt_path", folder, "--trainer.max_steps", "5")
+    assert run(*fit, *again).status == 0
+    assert steps("metrics.before-resume-1.csv") == {0, 1, 2}
+    assert steps("metrics.csv") == {3, 4}
 
 
 @pytest.fixture
