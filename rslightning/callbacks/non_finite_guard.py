@@ -140,18 +140,20 @@ def _first_output(
 ) -> str | None:
     """Run the batches again; return the first module whose output is not finite.
 
-    A step that is taken by hand in `training_step` is not repeated.
+    A step that is taken by hand in `training_step` is not repeated. Of several processes all run
+    all batches: where one stopped at its first such output, another would wait for it in the next
+    forward pass that gathers weights.
     """
     if not module.automatic_optimization:
         return None
     found: list[str] = []
     with _listening(module, found.append), trainer.precision_plugin.train_step_context():
         for arguments in batches:
+            if found and trainer.world_size == 1:
+                break
             taken = len(signature(module.training_step).parameters)
             module.training_step(*arguments[:taken])
-            if found:
-                return f"an output of {found[0]}"
-    return None
+    return f"an output of {found[0]}" if found else None
 
 
 @contextmanager
@@ -196,6 +198,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 def _first_gradient(module: nn.Module) -> str | None:
     """Return the parameter whose gradient is the first that is not finite in a backward pass."""
     for name, parameter in reversed(list(module.named_parameters())):
-        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+        gradient = None if parameter.grad is None else _local(parameter.grad)  # asks nobody else
+        if gradient is not None and not bool(gradient.isfinite().all()):
             return f"in the gradient of {name}"
     return None

@@ -1,6 +1,8 @@
+import signal
+
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.demos.boring_classes import RandomDataset
 from torch import nn
 from torch.utils.data import DataLoader
@@ -9,6 +11,7 @@ from rslightning.__main__ import main
 from rslightning.callbacks import NonFiniteGuard, TrainableCheckpoint
 from rslightning.errors import RunError
 from rslightning.rslora import adapter_state_dict
+from rslightning.strategies import FSDP2Strategy
 
 
 class Poison(torch.autograd.Function):
@@ -25,13 +28,15 @@ class Poison(torch.autograd.Function):
 
 def spoil(module, path, when, value=float("inf"), gradient=False):
     """Let a module's output be `value` (or its gradient NaN) in the forward passes `when`."""
-    passes = iter(range(10**6))
+    passes, is_spoiled = iter(range(10**6)), False
 
     def hook(_, inputs, output):
+        nonlocal is_spoiled
         if not torch.is_grad_enabled():  # the second look: the culprit is still there
-            return output if gradient else output * value
+            return output * value if is_spoiled and not gradient else output
         if next(passes) not in when:
             return output
+        is_spoiled = True
         return Poison.apply(output) if gradient else output * value
 
     torch.manual_seed(0)  # as `fit` does for a module that is not spoiled
@@ -125,6 +130,47 @@ def test_processes_stop_together(make_trainer, make_module, make_data, run_proce
             fit(make_trainer, module, make_data(), callbacks=[NonFiniteGuard()], **options)
 
     assert run_processes(2, rank) == [0, 0]
+
+
+class SpoilFirstMicroBatch(Callback):
+    """Let one process overflow at step 3, whenever it sees the first of its two micro-batches."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank != 0 or batch_idx != 4:
+            return
+        is_hit = False
+
+        def look(module, args, kwargs):
+            nonlocal is_hit
+            is_hit = torch.equal(kwargs["input_ids"], batch.input_ids)
+
+        pl_module.model.register_forward_pre_hook(look, with_kwargs=True)
+        pl_module.get_submodule(PLACE).register_forward_hook(
+            lambda module, inputs, output: output * float("inf") if is_hit else output
+        )
+
+
+@pytest.mark.parametrize("shared_out", [False, True])
+def test_processes_stop_together_whoever_overflows(
+    make_trainer, make_module, make_data, run_processes, tmp_path, shared_out
+):
+    make_data().setup("fit")
+
+    def rank(number):
+        signal.alarm(60)  # a process that waits for the other one would wait for ever
+        strategy = FSDP2Strategy() if shared_out else "ddp"
+        callbacks = [SpoilFirstMicroBatch(), TrainableCheckpoint(every_n_steps=500)]
+        options = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False}
+        options |= {"accumulate_grad_batches": 2, "enable_checkpointing": True}
+        options["callbacks"] = [*callbacks, NonFiniteGuard()]
+        with pytest.raises(RunError, match=r"^Step 3 was not taken: ") as caught:
+            fit(make_trainer, make_module(), make_data(batch_size=2), **options)
+        assert number == 1 or f"an output of {PLACE}." in str(caught.value)
+
+    assert run_processes(2, rank) == [0, 0]
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 2
+    assert all(bool(tensor.isfinite().all()) for tensor in last["state_dict"].values())
 
 
 class Foreign(LightningModule):
