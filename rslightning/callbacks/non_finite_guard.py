@@ -4,12 +4,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import final
@@ -29,7 +29,9 @@ class NonFiniteGuard(Callback):
     and a checkpoint callback that saves on exceptions (as `TrainableCheckpoint` does) keeps them as
     `last`. The message names the step and the module whose output is the first that is not finite,
     which a second forward pass over the step's batches finds; where all outputs are finite, or
-    optimization is manual, it names the parameter whose gradient is the first that is not.
+    optimization is manual, it names the parameter whose gradient is the first that is not. The
+    second pass logs nothing and leaves buffers as they were; whatever else `training_step` keeps
+    has seen those batches twice.
 
     Works with any LightningModule. The host waits for the device once per optimizer step. Under
     float16's scaler, which skips steps on purpose, and under DeepSpeed, which keeps the gradients
@@ -124,14 +126,25 @@ def _explain(
 ) -> str:
     bad = [f"{loss.item():g}" for loss in losses if not loss.isfinite()]
     what = f"the loss is {bad[0]}" if bad else "a gradient is not finite"
-    source = _first_output(trainer, module, batches) or _first_gradient(module)
-    where = f"; the first such value is {source}" if source else ""
     checkpoint = getattr(trainer.checkpoint_callback, "dirpath", None)
     kept = f" The weights of step {step - 1} are kept in {checkpoint}." if checkpoint else ""
     return (
-        f"Step {step} was not taken: {what}{where}.{kept} A lower learning rate, warm-up or "
-        "trainer.gradient_clip_val may help."
+        f"Step {step} was not taken: {what}{_where(trainer, module, batches)}.{kept} A lower "
+        "learning rate, warm-up or trainer.gradient_clip_val may help."
     )
+
+
+def _where(trainer: Trainer, module: LightningModule, batches: Sequence[tuple[Any, int]]) -> str:
+    """Say where the first value is that is not finite, if that can be found."""
+    source = None
+    if module.automatic_optimization:  # a step that is taken by hand is not repeated
+        try:
+            source = _first_output(trainer, module, batches)
+        except Exception as error:  # of a step that takes its batch apart, or keeps count
+            reason = f"training_step could not be repeated ({type(error).__name__})"
+            return f"; where it began is unknown, since {reason}"
+    source = source or _first_gradient(module)
+    return f"; the first such value is {source}" if source else ""
 
 
 @torch.no_grad()
@@ -140,20 +153,37 @@ def _first_output(
 ) -> str | None:
     """Run the batches again; return the first module whose output is not finite.
 
-    A step that is taken by hand in `training_step` is not repeated. Of several processes all run
-    all batches: where one stopped at its first such output, another would wait for it in the next
-    forward pass that gathers weights.
+    Of several processes all run all of them: where one stopped at its first such output, another
+    would wait for it in the next forward pass that gathers weights.
     """
-    if not module.automatic_optimization:
-        return None
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     found: list[str] = []
-    with _listening(module, found.append), trainer.precision_plugin.train_step_context():
-        for arguments in batches:
+    with (
+        _listening(module, found.append),
+        _same_buffers(module),
+        trainer.precision_plugin.train_step_context(),
+    ):
+        for batch, index in batches:
             if found and trainer.world_size == 1:
                 break
-            taken = len(signature(module.training_step).parameters)
-            module.training_step(*arguments[:taken])
+            module.training_step(*((batch, index) if takes_index else (batch,)))
     return f"an output of {found[0]}" if found else None
+
+
+@contextmanager
+def _same_buffers(module: nn.Module) -> Iterator[None]:
+    """Give the module its buffers back, and what they held."""
+    kept = [
+        (owner, name, buffer, buffer.clone())
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        for owner, name, buffer, values in kept:
+            buffer.copy_(values)
+            setattr(owner, name, buffer)
 
 
 @contextmanager

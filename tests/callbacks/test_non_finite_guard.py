@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from rslightning.__main__ import main
 from rslightning.callbacks import NonFiniteGuard, TrainableCheckpoint
+from rslightning.callbacks.non_finite_guard import NonFiniteError
 from rslightning.errors import RunError
 from rslightning.rslora import adapter_state_dict
 from rslightning.strategies import FSDP2Strategy
@@ -206,6 +207,62 @@ def test_in_a_module_that_is_not_ours(make_trainer):
     assert all(bool(p.isfinite().all()) for p in module.parameters())
     assert not module.second._forward_hooks
     assert "log" not in vars(module)
+
+
+class TakesItsBatchApart(Foreign):
+    def training_step(self, batch):
+        return super().training_step(batch.pop("x"))
+
+    def train_dataloader(self):
+        return DataLoader([{"x": row, "y": row} for row in RandomDataset(32, 20)], batch_size=4)
+
+
+class TakesWhatComes(Foreign):
+    """Lightning gives the index of the batch to a step like this one."""
+
+    def training_step(self, *args):
+        batch, _ = args
+        return super().training_step(batch)
+
+
+class CountsItsBatches(Foreign):
+    """Keeps one buffer that is changed in place, and one that is replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("changed", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(()))
+
+    def training_step(self, batch):
+        self.changed += 1
+        self.replaced = self.replaced + 1
+        return super().training_step(batch)
+
+
+def stopped(make_trainer, module):
+    with pytest.raises(NonFiniteError) as caught:
+        make_trainer(max_epochs=1, callbacks=[NonFiniteGuard()]).fit(module)
+    return str(caught.value)
+
+
+def test_a_step_that_cannot_be_repeated_hides_nothing(make_trainer):
+    assert stopped(make_trainer, module := TakesItsBatchApart()) == (
+        "Step 3 was not taken: the loss is nan; where it began is unknown, since training_step "
+        "could not be repeated (KeyError). A lower learning rate, warm-up or "
+        "trainer.gradient_clip_val may help."
+    )
+    assert not module.second._forward_hooks
+    assert "log" not in vars(module)
+
+
+def test_a_step_is_repeated_as_lightning_takes_it(make_trainer):
+    assert "the first such value is an output of second." in stopped(make_trainer, TakesWhatComes())
+
+
+def test_buffers_do_not_see_the_second_pass(make_trainer):
+    stopped(make_trainer, module := CountsItsBatches())
+    assert (module.changed, module.replaced) == (3, 3)
+    assert dict(module.named_buffers()).keys() == {"changed", "replaced"}
 
 
 class TwoOptimizers(Foreign):
