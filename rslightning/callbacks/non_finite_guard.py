@@ -45,6 +45,10 @@ class NonFiniteGuard(Callback):
         self._batches: list[tuple[Any, int]] = []  # micro-batches of the open step
         self._losses: list[Tensor] = []
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the open step of a fit that failed."""
+        self._batches, self._losses = [], []
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:

@@ -265,6 +265,22 @@ def test_buffers_do_not_see_the_second_pass(make_trainer):
     assert dict(module.named_buffers()).keys() == {"changed", "replaced"}
 
 
+class Stops(Foreign):
+    """Fails with an error of its own after a micro-batch whose loss is NaN."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 1:
+            raise RuntimeError("out of memory")
+        return self.second(self.first(batch)).square().mean() * float("nan")
+
+
+def test_a_fit_that_failed_is_forgotten(make_trainer):
+    guard = NonFiniteGuard()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make_trainer(max_epochs=1, callbacks=[guard], accumulate_grad_batches=2).fit(Stops())
+    make_trainer(max_steps=2, callbacks=[guard], accumulate_grad_batches=2).fit(Foreign())
+
+
 class TwoOptimizers(Foreign):
     """Steps two optimizers by hand in every batch."""
 
