@@ -59,7 +59,8 @@ class NonFiniteGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Remember the loss; the host does not wait."""
-        self._losses.append(loss.detach().float().sum())
+        wide = torch.promote_types(loss.dtype, torch.float32)
+        self._losses.append(loss.detach().to(wide).sum())
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer

@@ -281,6 +281,16 @@ def test_a_fit_that_failed_is_forgotten(make_trainer):
     make_trainer(max_steps=2, callbacks=[guard], accumulate_grad_batches=2).fit(Foreign())
 
 
+def test_a_loss_beyond_float32_is_finite_in_float64(make_trainer):
+    class Huge(Foreign):
+        def training_step(self, batch):
+            return super().training_step(batch) * 1e45
+
+    options = {"precision": "64-true", "callbacks": [NonFiniteGuard()]}
+    make_trainer(max_steps=1, **options).fit(module := Huge())
+    assert module.trainer.global_step == 1
+
+
 class TwoOptimizers(Foreign):
     """Steps two optimizers by hand in every batch."""
 
