@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import final
 
 from rslightning.callbacks.back_on_device import back_on_device
+from rslightning.callbacks.base_weights import refuse_other_weights
 from rslightning.errors import UserError
 from rslightning.memory import available_memory
 from rslightning.model_folder import ModelFolder, find_model_folder, is_hub_name
@@ -57,8 +58,9 @@ class MergeAdapters(Callback):
 
     Raises:
         UserError: At the start of the fit, if the module holds no Hugging Face model, its base is
-            not on disk, the folder to write to is taken by something else, or something is trained
-            that a merge would lose: DoRA, biases, whole modules, several adapters at once, ...
+            not on disk or lacks its head or has weights of other sizes (resized embeddings), the
+            folder to write to is taken by something else, or something is trained that a merge
+            would lose: DoRA, biases, whole modules, several adapters at once, ...
         RunError: If a folder cannot be written; it is then absent, not half there.
     """
 
@@ -90,6 +92,7 @@ class MergeAdapters(Callback):
         name, base = self._find_base(model)
         if (adapter := trained_adapter(pl_module, model, name)) is not None:
             match_weights(base, adapter)
+            refuse_other_weights(model, base)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

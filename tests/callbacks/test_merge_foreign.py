@@ -12,7 +12,13 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, PromptTuningCo
 from safetensors.torch import load_file
 from torch import optim
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, BatchEncoding
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BatchEncoding,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 
 from rslightning.callbacks import MergeAdapters
 from rslightning.callbacks.merge_adapters import language_model
@@ -51,6 +57,14 @@ class Foreign(LightningModule):
 
     def configure_optimizers(self):
         return optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+class Classification(Foreign):
+    """Somebody's training of a classifier of three classes."""
+
+    def training_step(self, batch, batch_idx):
+        ids = self.read(batch)
+        return self.network(input_ids=ids, labels=ids[:, 0] % 3).loss
 
 
 @pytest.fixture(scope="module")
@@ -513,6 +527,84 @@ def test_a_base_that_is_gone_stops_the_fit_at_its_start(fit, bases, tmp_path):
     theirs = peft_model(AutoModelForCausalLM.from_pretrained(moved).train())
     shutil.rmtree(moved)
     assert refusal(fit, Foreign(theirs)) == f"Base model {moved} does not exist."
+
+
+SAVE_FIRST = (
+    "a merge would take all but the adapters from there. Save the model before it is adapted "
+    "(save_pretrained), and give MergeAdapters that folder as base_model."
+)
+
+
+def classifier(folder, labels=3):
+    """Return a classifier on the backbone of a causal language model, its head drawn anew."""
+    return AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=labels, pad_token_id=0
+    )
+
+
+def ours(model):
+    inject_adapters(model, AdapterSpec(rank=4, alpha=6.0))
+    return model
+
+
+@pytest.mark.parametrize("adapt", [lambda base: peft_model(base, task_type=None), ours])
+def test_a_head_that_was_drawn_stops_the_fit_at_its_start(fit, bases, tmp_path, adapt):
+    module = Classification(adapt(classifier(bases / "llama").requires_grad_(False)))
+    assert refusal(fit, module) == (
+        f"LlamaForSequenceClassification has a score, {bases / 'llama'} has none: {SAVE_FIRST}"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied", "gpt2"])
+def test_resized_embeddings_stop_the_fit_at_its_start(fit, load, bases, kind):
+    model = load(kind)
+    model.resize_token_embeddings(60, mean_resizing=False)
+    is_gpt2 = kind == "gpt2"
+    options = {"target_modules": TARGETS["gpt2" if is_gpt2 else "llama"], "fan_in_fan_out": is_gpt2}
+    name = "transformer.wte.weight" if is_gpt2 else "model.embed_tokens.weight"
+    width = model.config.hidden_size
+    assert refusal(fit, Foreign(peft_model(model, **options))) == (
+        f"{name} has shape [60, {width}] in the model and [53, {width}] in {bases / kind}: "
+        f"{SAVE_FIRST}"
+    )
+
+
+def test_a_head_of_another_size_stops_the_fit_at_its_start(fit, bases, tmp_path):
+    classifier(bases / "llama", labels=2).save_pretrained(tmp_path / "two")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "two", num_labels=3, pad_token_id=0, ignore_mismatched_sizes=True
+    )
+    theirs = peft_model(model, task_type=None)
+    assert refusal(fit, Classification(theirs)) == (
+        f"score.weight has shape [3, 24] in the model and [2, 24] in {tmp_path / 'two'}: "
+        f"{SAVE_FIRST}"
+    )
+
+
+def test_a_classifier_whose_base_has_its_head(fit, bases, tmp_path):
+    base = tmp_path / "base"
+    classifier(bases / "llama").save_pretrained(base)
+    model = AutoModelForSequenceClassification.from_pretrained(base).train()
+    theirs = peft_model(model, task_type=None)
+    fit(Classification(theirs))
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert_close(merged(input_ids=IDS).logits, theirs.eval()(input_ids=IDS).logits)
+
+
+def test_a_head_that_is_stored_under_another_name_is_found(fit, tmp_path):
+    """As Pythia's, which transformers renames as it loads it."""
+    sizes = {"vocab_size": 53, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    config = GPTNeoXConfig(**sizes, num_attention_heads=4, initializer_range=0.2)
+    GPTNeoXForCausalLM(config).save_pretrained(base := tmp_path / "base")
+    names = load_file(base / "model.safetensors").keys()
+    assert "embed_out.weight" in names
+    assert "lm_head.weight" not in names
+    model = AutoModelForCausalLM.from_pretrained(base).train()
+    theirs = peft_model(model, target_modules=["query_key_value"])
+    fit(Foreign(theirs))
+    assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(theirs))
 
 
 def test_the_base_of_another_model_stops_the_fit_at_its_start(fit, load, bases):
