@@ -34,6 +34,12 @@ from rslightning.storage import new_folder
 ADAPTER_FOLDER: Final = "adapter"
 MERGED_FOLDER: Final = "merged"
 
+LOGIT_SHARE_WARNING: Final = 0.2
+"""Above this share of the largest logit, a logit's difference is warned about.
+
+Rounding stays far below, bfloat16's too; other weights under the adapter do not.
+"""
+
 
 @final
 class MergeAdapters(Callback):
@@ -85,8 +91,9 @@ class MergeAdapters(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out now whether what will be trained can be merged; before `setup` it is not built.
 
-        The weights are read from the base at the end; now only their names are.
+        The weights are read from the base at the end; now only their names and shapes are.
         """
+        self._sample = None  # of the fit before, of which another model may know no such tokens
         model = language_model(pl_module)
         refuse_switched_off(model)
         name, base = self._find_base(model)
@@ -138,6 +145,8 @@ class MergeAdapters(Callback):
                 report.largest_logit_difference = self._logit_difference(model, logits, aside)
             report.write(aside)
         _announce(report, folder)
+        if logits is not None:
+            _warn_if_other(report.largest_logit_difference, logits, base, folder / MERGED_FOLDER)
 
     def _find_base(self, model: Any) -> tuple[str, ModelFolder]:
         """Return the base's name, as the adapter shall know it, and its folder."""
@@ -167,11 +176,16 @@ class MergeAdapters(Callback):
             return None
         in_training = [module for module in model.modules() if module.training]
         model.eval()
-        with trainer.precision_plugin.forward_context():
-            ids = self._sample.to(trainer.strategy.root_device)
-            logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
-        for module in in_training:
-            module.training = True
+        try:
+            with trainer.precision_plugin.forward_context():
+                ids = self._sample.to(trainer.strategy.root_device)
+                logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+        except Exception as error:  # the merge itself does not need them
+            _warn_not_compared(error)
+            return None
+        finally:
+            for module in in_training:
+                module.training = True
         return logits
 
     @torch.no_grad()
@@ -193,9 +207,12 @@ class MergeAdapters(Callback):
         try:
             reloaded = type(model).from_pretrained(merged, **options).to(device)
             after = reloaded(input_ids=self._sample.to(device), use_cache=False).logits.float()
+            return float((logits.to(device) - after).abs().max())
         except torch.OutOfMemoryError:
             return None
-        return float((logits.to(device) - after).abs().max())
+        except Exception as error:  # what was merged is there, compared or not
+            _warn_not_compared(error)
+            return None
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -272,6 +289,25 @@ def _announce(report: MergeReport, folder: Path) -> None:
     )
     if report.warning:
         rank_zero_warn(report.warning)
+
+
+def _warn_if_other(
+    difference: float | None, logits: Tensor, base: ModelFolder, merged: Path
+) -> None:
+    """Warn if the merged model is another one than that in training, not the same one rounded."""
+    largest = float(logits.abs().max())
+    if difference is not None and difference > LOGIT_SHARE_WARNING * largest:
+        rank_zero_warn(
+            f"{merged} is not the model that was trained: their logits differ by up to "
+            f"{difference:.2g}, where the largest is {largest:.2g}. The adapters were trained on "
+            f"other weights than those in {base.path}; give MergeAdapters the folder of those as "
+            "base_model."
+        )
+
+
+def _warn_not_compared(error: Exception) -> None:
+    reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    rank_zero_warn(f"The merged model was not compared with the one in training: {reason}")
 
 
 def _first_row(batch: Any) -> Tensor | None:

@@ -18,6 +18,7 @@ from transformers import (
     BatchEncoding,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlamaForCausalLM,
 )
 
 from rslightning.callbacks import MergeAdapters
@@ -527,6 +528,67 @@ def test_a_base_that_is_gone_stops_the_fit_at_its_start(fit, bases, tmp_path):
     theirs = peft_model(AutoModelForCausalLM.from_pretrained(moved).train())
     shutil.rmtree(moved)
     assert refusal(fit, Foreign(theirs)) == f"Base model {moved} does not exist."
+
+
+def changed_by_hand(model):
+    """Return the model with a base that is no longer the one on disk."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def test_weights_that_are_not_the_bases_are_warned_about(fit, load, bases, tmp_path):
+    theirs = peft_model(changed_by_hand(load()))
+    with pytest.warns(UserWarning, match="is not the model that was trained") as told:
+        fit(Foreign(theirs))
+    expected = logits(theirs)[:1]
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))[:1]
+    largest, difference = expected.abs().max().item(), (merged - expected).abs().max().item()
+    assert [str(each.message) for each in told if each.category is UserWarning] == [
+        f"{tmp_path / 'merged'} is not the model that was trained: their logits differ by up to "
+        f"{difference:.2g}, where the largest is {largest:.2g}. The adapters were trained on other "
+        f"weights than those in {bases / 'llama'}; give MergeAdapters the folder of those as "
+        "base_model."
+    ]
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+def test_a_comparison_that_fails_costs_nothing(fit, load, tmp_path, monkeypatch, in_training):
+    """As of a model that needs more than token ids, or cannot be loaded beside another one."""
+    theirs = peft_model(load())
+    forward = LlamaForCausalLM.forward
+
+    def failing(self, *args, labels=None, **kwargs):
+        is_trained = self is theirs.get_base_model()
+        if labels is None and is_trained == in_training:
+            raise ValueError("pixel_values are needed\nand more")
+        return forward(self, *args, labels=labels, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", failing)
+    with pytest.warns(UserWarning, match="not compared") as told:
+        fit(Foreign(theirs))
+    assert [str(each.message) for each in told if each.category is UserWarning] == [
+        "The merged model was not compared with the one in training: ValueError: pixel_values are "
+        "needed"
+    ]
+    monkeypatch.undo()
+    assert theirs.training
+    assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(theirs))
+    report = json.loads((tmp_path / "merged/merge_report.json").read_text())
+    assert report["largest_logit_difference"] is None
+
+
+def test_a_row_of_one_fit_is_not_shown_to_the_model_of_the_next(fit, load, make_llama, tmp_path):
+    make_llama(700).save_pretrained(tmp_path / "large")
+    large = AutoModelForCausalLM.from_pretrained(tmp_path / "large").train()
+    callback, rows = MergeAdapters(), [{"input_ids": row + 600} for row in IDS]
+    fit(Foreign(peft_model(large)), callback, DataLoader(rows, batch_size=2))
+    theirs = peft_model(load())
+    fit(Foreign(theirs), callback)
+    assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(theirs))
+    report = json.loads((tmp_path / "merged/merge_report.json").read_text())
+    assert report["largest_logit_difference"] < 1e-4
 
 
 SAVE_FIRST = (
