@@ -1,5 +1,6 @@
 """When the fit ends: leave `adapter/` for PEFT, `merged/` for everybody, and say what it cost."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -14,11 +15,18 @@ from rslightning.callbacks.back_on_device import back_on_device
 from rslightning.callbacks.base_weights import refuse_other_weights
 from rslightning.errors import UserError
 from rslightning.memory import available_memory
-from rslightning.model_folder import ModelFolder, find_model_folder, is_hub_name
+from rslightning.model_folder import (
+    CONFIG_FILE,
+    ModelFolder,
+    find_model_folder,
+    is_hub_name,
+    read_json,
+)
 from rslightning.rslora import write_adapter
 from rslightning.rslora.adapters import Adapter
 from rslightning.rslora.kept_dtypes import float32_parts, kept_names
 from rslightning.rslora.linear import plain_path
+from rslightning.rslora.merge import dtype_name
 from rslightning.rslora.merge_folder import (
     MergeReport,
     cast_weight,
@@ -33,6 +41,9 @@ from rslightning.storage import new_folder
 
 ADAPTER_FOLDER: Final = "adapter"
 MERGED_FOLDER: Final = "merged"
+
+DESCRIBED: Final = ("architectures", "vocab_size", "id2label")
+"""What another head or resized embeddings change in a model's configuration."""
 
 LOGIT_SHARE_WARNING: Final = 0.2
 """Above this share of the largest logit, a logit's difference is warned about.
@@ -255,7 +266,11 @@ def _write_full(
     """Save a fully fine-tuned model with the description that lay beside its base."""
     with new_folder(folder, replace=True) as aside:
         model.save_pretrained(aside, state_dict=state)
+        own = read_json(aside / CONFIG_FILE)
         copy_description(base, aside, dtype or model.dtype)
+        if any(own.get(key) != base.config.get(key) for key in DESCRIBED):
+            own["dtype"] = dtype_name(dtype or model.dtype)
+            (aside / CONFIG_FILE).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
     rank_zero_info(f"merged: {folder} (full fine-tuning, nothing to merge)")
 
 

@@ -68,6 +68,13 @@ class Classification(Foreign):
         return self.network(input_ids=ids, labels=ids[:, 0] % 3).loss
 
 
+def classifier(folder, labels=3):
+    """Return a classifier on the backbone of a causal language model, its head drawn anew."""
+    return AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=labels, pad_token_id=0
+    )
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory, make_llama, make_gpt2):
     """The base models, saved as anybody would."""
@@ -292,6 +299,25 @@ def test_what_chooses_experts_stays_in_float32(fit, make_deepseek, tmp_path, dty
         assert tensor.dtype == wanted, name
     for name in biases:
         assert torch.equal(merged[name], model.get_buffer(name))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("kind", ["resized", "classifier"])
+def test_full_fine_tuning_of_what_the_base_is_not(fit, load, bases, tmp_path, kind, dtype):
+    """The base's own configuration would say less of it."""
+    if kind == "resized":
+        model = load()
+        model.resize_token_embeddings(60, mean_resizing=False)
+        module = Foreign(model)
+    else:
+        model = classifier(bases / "llama").train()
+        module = Classification(model)
+    fit(module, MergeAdapters(dtype=dtype))
+    merged = type(model).from_pretrained(tmp_path / "merged", dtype="auto")
+    assert merged.dtype == getattr(torch, dtype or "float32")
+    assert merged.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in merged.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name].to(tensor.dtype)), name
 
 
 def test_a_weight_that_float16_cannot_hold_is_refused(fit, load, tmp_path):
@@ -595,13 +621,6 @@ SAVE_FIRST = (
     "a merge would take all but the adapters from there. Save the model before it is adapted "
     "(save_pretrained), and give MergeAdapters that folder as base_model."
 )
-
-
-def classifier(folder, labels=3):
-    """Return a classifier on the backbone of a causal language model, its head drawn anew."""
-    return AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=labels, pad_token_id=0
-    )
 
 
 def ours(model):
