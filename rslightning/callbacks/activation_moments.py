@@ -75,7 +75,8 @@ class ActivationMomentMonitor(Callback):
         self._attached = ExitStack()  # during a micro-batch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the adapters."""
+        """Find the adapters; forget the open step of a fit that failed."""
+        self._recorder = None
         self._layers = dict(adapted_layers(pl_module))
         if not self._layers:
             rank_zero_info("activation_moments: there are no adapters, nothing is measured.")

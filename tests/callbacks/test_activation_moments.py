@@ -261,6 +261,19 @@ def test_hooks_go_when_training_fails(make_trainer, make_module, make_data):
     assert sum(len(part._forward_hooks) for part in module.modules()) == 0
 
 
+def test_a_fit_that_failed_is_forgotten(make_trainer):
+    class Fail(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            raise RuntimeError("out of memory")
+
+    monitor = ActivationMomentMonitor(every_n_steps=1, per_layer=True)
+    trainer = make_trainer(callbacks=[Fail(), monitor], accumulate_grad_batches=2, max_steps=1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.fit(Toy(), toy_batches(4))
+    logged, kept = fit(make_trainer, Toy(), toy_batches(1), monitor, max_steps=1)
+    assert_logged(logged[0], dense_moments(Toy(), kept.states[0], kept.batches[0]))
+
+
 def test_a_loss_scale_is_taken_out_again(make_trainer, make_module, make_data):
     from lightning.pytorch.plugins.precision import MixedPrecision
 
