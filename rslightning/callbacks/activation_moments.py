@@ -62,7 +62,7 @@ class ActivationMomentMonitor(Callback):
 
     Raises:
         UserError: If `every_n_steps` is not positive, or PEFT computes an adapter otherwise than as
-            gamma_r B A x (DoRA and other variants), or ZeRO-3 has not gathered a matrix.
+            gamma_r B A x (DoRA and other variants, a bias), or ZeRO-3 has not gathered a matrix.
     """
 
     def __init__(self, every_n_steps: int = 50, per_layer: bool = False) -> None:
@@ -171,10 +171,10 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
         if isinstance(module, LoRALinear):
             yield name, AdaptedLayer(module, partial(_own, module))
         elif _is_peft_linear(module):
-            if getattr(module, "lora_variant", None):
+            if getattr(module, "lora_variant", None) or _has_bias(module):
                 raise UserError(
-                    f"{name} has a PEFT adapter that is not gamma_r B A x (such as DoRA); "
-                    "turn activation_moments off."
+                    f"{name} has a PEFT adapter that is not gamma_r B A x (such as DoRA, or one "
+                    "with a bias); turn activation_moments off."
                 )
             yield name, AdaptedLayer(module, partial(_peft, module))
 
@@ -228,6 +228,11 @@ def _is_peft_linear(module: nn.Module) -> bool:
         and is_linear(getattr(module, "base_layer", module))
         and not hasattr(module, "parameter_name")  # adapts a parameter, not the map
     )
+
+
+def _has_bias(layer: Any) -> bool:
+    """Tell whether an adapter of PEFT adds a bias of its own (`lora_bias`)."""
+    return any(getattr(b, "bias", None) is not None for b in layer.lora_B.values())
 
 
 def _peft(layer: Any) -> list[LowRank]:

@@ -531,6 +531,20 @@ def test_adapters_of_another_kind_are_refused(make_trainer):
         fit(make_trainer, module, toy_batches(1), ActivationMomentMonitor())
 
 
+def test_an_adapter_with_a_bias_is_refused(make_trainer):
+    import peft
+
+    module = Toy()
+    plain = nn.Sequential(nn.Embedding(53, 6), nn.Linear(6, 53))
+    module.model = peft.get_peft_model(plain, peft.LoraConfig(lora_bias=True, target_modules=["1"]))
+    with pytest.raises(UserError) as caught:
+        fit(make_trainer, module, toy_batches(1), ActivationMomentMonitor())
+    assert str(caught.value) == (
+        "model.base_model.model.1 has a PEFT adapter that is not gamma_r B A x (such as DoRA, or "
+        "one with a bias); turn activation_moments off."
+    )
+
+
 def test_partitioned_matrices_are_refused(make_trainer):
     module = Toy()
     adapters_of(module)[1].lora_b.ds_numel = 999  # as ZeRO-3 notes it where it took one away
