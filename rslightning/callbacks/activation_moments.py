@@ -37,9 +37,10 @@ class ActivationMomentMonitor(Callback):
     An adapter's dropout is left out of its output and of its input gradient.
 
     Gradients are those of the loss that the optimizer steps on: the mean over micro-batches and
-    processes of what `training_step` returns. So their moments depend neither on the number of
-    processes nor on that of micro-batches, nor on the loss scale of 16-bit floats. A loss that is a
-    mean over tokens makes each token's gradient as small as there are many of them.
+    processes of what `training_step` returns; those that it computes for itself are left out. So
+    their moments depend neither on the number of processes nor on that of micro-batches, nor on the
+    loss scale of 16-bit floats. A loss that is a mean over tokens makes each token's gradient as
+    small as there are many of them.
 
     The adapters are those of `LoRALinear` and of PEFT's LoRA layers around linear maps; a module
     without any is trained unobserved, and a line says so. Hooks are attached on steps that log,
@@ -100,9 +101,14 @@ class ActivationMomentMonitor(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Learn by what an engine scales the loss."""
+        """Learn by what an engine scales the loss, and that its gradients are to come."""
         if self._recorder is not None:
             self._recorder.see_loss(loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take no gradients that `training_step` computes for itself."""
+        if self._recorder is not None:
+            self._recorder.leave_loss()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

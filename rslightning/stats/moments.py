@@ -171,6 +171,7 @@ class MomentRecorder:
         self.sums = torch.zeros(len(QUANTITIES), len(layers), 3, device=device)
         self._mask: Tensor | None = None
         self._inverse_scale: Tensor | None = None  # of this micro-batch's gradients
+        self._is_in_loss: bool | None = None  # in the backward pass of a loss; None: none was told
 
     def attach(self, mask: Tensor | None, loss_scale: Tensor | None = None) -> ExitStack:
         """Attach hooks for one micro-batch; closing what is returned removes them.
@@ -193,7 +194,11 @@ class MomentRecorder:
         """Divide this micro-batch's gradients by what arrives at `loss` in the backward pass.
 
         It is 1 unless the engine that calls `backward` scales the loss, as DeepSpeed does.
+        Only gradients from here to `leave_loss` count, once this has been called.
         """
+        if self._is_in_loss is None:
+            self.sums[2] = 0  # what there was were gradients of something else
+        self._is_in_loss = True
         inverse_scale = self._inverse_scale
 
         def divide_by(gradient: Tensor) -> None:
@@ -201,6 +206,10 @@ class MomentRecorder:
             self._inverse_scale = inverse if inverse_scale is None else inverse_scale * inverse
 
         loss.register_hook(divide_by)  # type: ignore[no-untyped-call]
+
+    def leave_loss(self) -> None:
+        """Count no gradients until the next loss: they would be another function's."""
+        self._is_in_loss = False
 
     @torch.no_grad()
     def _see_output(
@@ -230,6 +239,8 @@ class MomentRecorder:
     def _see_gradient(
         self, index: int, layer: AdaptedLayer, mask: Tensor | None, v: Tensor
     ) -> None:
+        if self._is_in_loss is False:
+            return
         moments = measure_product(*input_gradient_factors(v, layer.adapters()), mask)
         if self._inverse_scale is not None:
             moments = moments.times(self._inverse_scale)

@@ -570,6 +570,45 @@ def test_the_mask_of_a_batch():
     assert attention_mask((mask, mask)) is attention_mask(mask) is attention_mask({}) is None
 
 
+class LooksAtGradients(Toy):
+    """Takes gradients of its own, too, before those of the loss."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        first = adapters_of(self)[0].lora_b
+        torch.autograd.grad(3 * loss, first, retain_graph=True)
+        return loss
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_other_gradients_than_the_losss_are_left_out(make_trainer, by_hand):
+    class ByHand(LooksAtGradients):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(super().training_step(batch, batch_idx))
+
+    options = {"max_epochs": 1} if by_hand else {"accumulate_grad_batches": 2, "max_steps": 1}
+    module = ByHand() if by_hand else LooksAtGradients()
+    monitor = ActivationMomentMonitor(every_n_steps=1, per_layer=True)
+    batches = toy_batches(1 if by_hand else 2)
+    logged, kept = fit(make_trainer, module, batches, monitor, **options)
+    assert_logged(logged[0], dense_moments(Toy(), kept.states[0], kept.batches[0]))
+
+
+def test_a_backward_pass_that_lightning_does_not_see_is_measured(make_trainer):
+    class OnItsOwn(Toy):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx).backward()
+
+    monitor = ActivationMomentMonitor(every_n_steps=1, per_layer=True)
+    logged, kept = fit(make_trainer, OnItsOwn(), toy_batches(1), monitor, max_epochs=1)
+    expected = dense_moments(Toy(), kept.states[0], list(toy_batches(1)))
+    assert_logged(logged[0], expected)
+
+
 def test_manual_optimization_logs_every_nth_batch(make_trainer):
     class Manual(Toy):
         automatic_optimization = False
