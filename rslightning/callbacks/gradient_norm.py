@@ -30,9 +30,9 @@ class GradientNormMonitor(Callback):
     r"""Log the paper's average parameter gradient norm, for any LightningModule.
 
     mean = 1/n \sum_i |G_i|_2, total = sqrt(\sum_i |G_i|_2^2) over the gradients G_i of the n
-    trainable adapter tensors (ours or PEFT's); of a module without adapters, over all its trainable
-    parameters. A tensor that got no gradient counts as zero. AdaLoRA's E are tensors, too, and its
-    regularizer is part of the gradients; E is neither in `a` nor in `b`.
+    adapter tensors (ours or PEFT's) that the optimizer trains; where it trains none, over all the
+    parameters that it trains. A tensor that got no gradient counts as zero. AdaLoRA's E are
+    tensors, too, and its regularizer is part of the gradients; E is neither in `a` nor in `b`.
 
     The gradients are those that the optimizer is about to use: accumulated over micro-batches,
     averaged over processes, without the loss scale of float16, before clipping. In a step that
@@ -104,7 +104,7 @@ class GradientNormMonitor(Callback):
         if not _optimizer_steps_now(trainer.strategy) or not self._is_due(trainer, optimizer):
             return
         several = len(trainer.optimizers) > 1
-        sources = self._sources(pl_module, _index(trainer, optimizer), optimizer, several)
+        sources = self._sources(pl_module, _index(trainer, optimizer), optimizer)
         if not sources:
             return
         squares = _read(trainer, optimizer, sources).tolist()
@@ -122,14 +122,19 @@ class GradientNormMonitor(Callback):
         self._manual_steps = Counter(state_dict["manual_steps"])
 
     def _sources(
-        self, module: LightningModule, index: int, optimizer: Optimizer, several: bool
+        self, module: LightningModule, index: int, optimizer: Optimizer
     ) -> list[GradientSource]:
-        """Return what to read; it is looked for again once the optimizer has other parameters."""
+        """Return what to read; it is looked for again once the optimizer has other parameters.
+
+        An optimizer that holds none of the module's parameters steps on copies of all of them, as
+        DeepSpeed's do.
+        """
         own = [p for group in optimizer.param_groups for p in group["params"]]
         state = [(id(p), p.requires_grad) for p in own]
         if self._found.get(index, (None,))[0] != state:
-            sources = gradient_sources(module, own if several else None)
-            self._found[index] = state, sources
+            named = {id(parameter) for parameter in module.parameters()}
+            holds_copies = named.isdisjoint(id(parameter) for parameter in own)
+            self._found[index] = state, gradient_sources(module, None if holds_copies else own)
         return self._found[index][1]
 
     def _is_due(self, trainer: Trainer, optimizer: Optimizer) -> bool:

@@ -473,6 +473,57 @@ def test_several_optimizers(make_trainer, tmp_path):
     assert monitor.state_dict() == {"manual_steps": {0: 7, 1: 2}}
 
 
+class HeadOnly(Adversaries):
+    """The backbone gets gradients, too; no optimizer takes or resets them."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = True
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(0, batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.second.parameters(), lr=LEARNING_RATE)
+
+
+def test_gradients_that_no_optimizer_takes_are_left_out(make_trainer, tmp_path):
+    module = HeadOnly()
+    oracle = copy.deepcopy(module).double()
+    logger = TensorBoardLogger(str(tmp_path), name="", version="")
+    trainer = make_trainer(max_epochs=1, callbacks=[GradientNormMonitor(1)], logger=logger)
+    trainer.fit(module)
+    assert module.first.lora_a.grad is not None
+    head, totals = list(oracle.second.parameters()), []
+    for index in range(7):
+        batch = [tensor.double() for tensor in micro_batch(0, index)]
+        gradients = torch.autograd.grad(oracle.loss(0, batch), head)
+        totals.append(torch.stack([g.norm() for g in gradients]).norm().item())
+        with torch.no_grad():
+            for parameter, gradient in zip(head, gradients, strict=True):
+                parameter -= LEARNING_RATE * gradient
+    found = read_scalars(tmp_path)
+    assert set(found) == {"mean", "total"}
+    assert found["total"] == [(i, pytest.approx(x, rel=1e-6)) for i, x in enumerate(totals)]
+
+
+def test_an_optimizer_that_holds_other_tensors_takes_all(make_trainer, tmp_path):
+    """As an engine's does, which steps on copies in float32."""
+
+    class Copies(HeadOnly):
+        def configure_optimizers(self):
+            copies = [p.detach().clone().requires_grad_() for p in self.second.parameters()]
+            return torch.optim.SGD(copies, lr=LEARNING_RATE)
+
+    module = Copies()
+    logger = TensorBoardLogger(str(tmp_path), name="", version="")
+    trainer = make_trainer(max_steps=1, callbacks=[GradientNormMonitor(1)], logger=logger)
+    trainer.fit(module)
+    gradients = [p.grad for p in module.first.parameters() if p.requires_grad]
+    total = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+    assert read_scalars(tmp_path)["total"] == [(0, pytest.approx(total, rel=1e-5))]
+
+
 def test_counting_goes_on_after_resuming():
     monitor = GradientNormMonitor()
     assert monitor.state_dict() == {}  # under automatic optimization the Trainer counts
