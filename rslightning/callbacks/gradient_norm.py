@@ -36,7 +36,9 @@ class GradientNormMonitor(Callback):
 
     The gradients are those that the optimizer is about to use: accumulated over micro-batches,
     averaged over processes, without the loss scale of float16, before clipping. In a step that
-    float16's scaler will skip they are infinite or NaN, and so are the norms.
+    float16's scaler will skip they are infinite or NaN, and so are the norms. Of an optimizer that
+    asks for several gradients in one step (LBFGS) the first is read; under manual optimization each
+    counts as a step.
 
     Reading waits for the device once per logged step, and not at all on the others. Sharded
     gradients (FSDP2, ZeRO-3) take one small all-reduce; under the other stages of DeepSpeed a
@@ -67,6 +69,7 @@ class GradientNormMonitor(Callback):
         if every_n_steps < 1:
             raise UserError(f"gradient_norm.every_n_steps is {every_n_steps}; it must be positive.")
         self.every_n_steps, self.per_layer = every_n_steps, per_layer
+        self._last_seen: int | None = None  # step, under automatic optimization
         self._manual_steps: Counter[int] = Counter()  # of each optimizer
         self._found: dict[int, tuple[Any, list[GradientSource]]] = {}  # of each optimizer
 
@@ -74,6 +77,7 @@ class GradientNormMonitor(Callback):
         """Refuse a strategy whose gradients cannot be read exactly."""
         if stage != "fit":
             return
+        self._last_seen = None
         self._manual_steps.clear()
         self._found.clear()
         if reason := _unreadable(trainer.strategy):
@@ -139,7 +143,9 @@ class GradientNormMonitor(Callback):
 
     def _is_due(self, trainer: Trainer, optimizer: Optimizer) -> bool:
         if trainer.lightning_module.automatic_optimization:
-            return trainer.global_step % self.every_n_steps == 0
+            step, before = trainer.global_step, self._last_seen
+            self._last_seen = step
+            return step % self.every_n_steps == 0 and step != before
         index = _index(trainer, optimizer)
         self._manual_steps[index] += 1
         return (self._manual_steps[index] - 1) % self.every_n_steps == 0

@@ -524,6 +524,27 @@ def test_an_optimizer_that_holds_other_tensors_takes_all(make_trainer, tmp_path)
     assert read_scalars(tmp_path)["total"] == [(0, pytest.approx(total, rel=1e-5))]
 
 
+def test_a_step_of_several_evaluations_is_read_once(make_trainer, tmp_path):
+    class Evaluates(HeadOnly):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.second.parameters(), lr=0.1, max_iter=4)
+
+    module = Evaluates()
+    oracle = copy.deepcopy(module).double()
+    logger = TensorBoardLogger(str(tmp_path), name="", version="")
+    monitor = GradientNormMonitor(1)
+    make_trainer(max_steps=3, callbacks=[monitor], logger=logger).fit(module)
+    found = read_scalars(tmp_path)["total"]
+    assert [step for step, _ in found] == [0, 1, 2]
+    batch = [tensor.double() for tensor in micro_batch(0, 0)]
+    gradients = torch.autograd.grad(oracle.loss(0, batch), list(oracle.second.parameters()))
+    total = torch.stack([g.norm() for g in gradients]).norm().item()
+    assert found[0][1] == pytest.approx(total, rel=1e-6)  # where the step began
+    again = make_trainer(max_steps=1, callbacks=[monitor], logger=logger)
+    again.fit(HeadOnly())
+    assert len(read_scalars(tmp_path)["total"]) == 4
+
+
 def test_counting_goes_on_after_resuming():
     monitor = GradientNormMonitor()
     assert monitor.state_dict() == {}  # under automatic optimization the Trainer counts
