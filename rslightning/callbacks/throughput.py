@@ -26,14 +26,18 @@ Lightning 2.6 has numbers with sparsity, and finds them only where the name says
 """
 
 
+UNSHIFTED_LOSSES: Final = ("ForMaskedLM", "ForTokenClassification")
+"""Names of transformers' losses that take each position's own label."""
+
+
 @final
 class TokenThroughputMonitor(Callback):
     """Log how fast a run trains, for any LightningModule whose batches hold token ids.
 
-    A batch has `input_ids` [B, T] and, where it can, `labels` (-100 where there is no target; they
-    are shifted by the loss), `attention_mask` and `position_ids` (from 0 again where another
-    example of the row begins), as keys or as attributes. Padding is no token. Of batches without
-    token ids only times and memory are logged, and a line says so.
+    A batch has `input_ids` [B, T] and, where it can, `labels` (-100 where there is no target; the
+    loss of a causal model shifts them), `attention_mask` and `position_ids` (from 0 again where
+    another example of the row begins), as keys or as attributes. Padding is no token. Of batches
+    without token ids only times and memory are logged, and a line says so.
 
     Every number is of the optimizer steps since the reading before. The clock starts when the first
     step of a fit is over: compilation, allocation and the start of workers are in that. It stands
@@ -58,7 +62,8 @@ class TokenThroughputMonitor(Callback):
     Logs:
         perf/tokens_per_second: tokens of all processes, padding left out, every `every_n_steps`,
             like all of them.
-        perf/target_tokens_per_second: those that the loss is taken at; of batches with `labels`.
+        perf/target_tokens_per_second: those that the loss is taken at; of batches whose `labels`
+            are of tokens.
         perf/tflops_per_second: 10^12 operations of the model per second, per device.
         perf/mfu: that as a share of the device's peak; where the peak is known.
         perf/step_seconds: mean time of a step.
@@ -92,7 +97,8 @@ class TokenThroughputMonitor(Callback):
         self._attention_width = attention_width(_config(pl_module))
         self._window = Throughput(_peak_flops(trainer, self.peak_tflops), window_size=2)
         self._has_tokens: bool | None = None  # until the first batch
-        self._has_labels = False
+        self._has_targets = False
+        self._is_shifted = shifts_labels(pl_module)
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)  # see `count_tokens`
         self._readings = self._tokens = self._steps = self._micro_batches = 0
         self._seconds = self._waited = 0.0
@@ -129,10 +135,10 @@ class TokenThroughputMonitor(Callback):
             self._clock.pause()
 
     def _count(self, batch: Any) -> None:
-        counts = count_tokens(batch)
+        counts = count_tokens(batch, self._is_shifted)
         if self._has_tokens is None:
             self._has_tokens = counts is not None
-            self._has_labels = _tensor(batch, "labels") is not None
+            self._has_targets = count_targets(batch, self._is_shifted) is not None
             if counts is None:
                 rank_zero_info(
                     "throughput: batches have no `input_ids`; only times and memory are logged."
@@ -174,7 +180,7 @@ class TokenThroughputMonitor(Callback):
             "data_wait_share": max(waits) / 1e6 / elapsed,
             "memory_gib": max(memories) / GIB,
         }
-        if self._has_labels:
+        if self._has_targets:
             values["target_tokens_per_second"] = sum(targets) * share / elapsed
         self._begin_interval(seconds, waited, total, flops // trainer.world_size)
         values |= self._rates()
@@ -209,10 +215,14 @@ class TokenThroughputMonitor(Callback):
         self._counts.zero_()
 
 
-def count_tokens(batch: Any) -> Tensor | None:
+def count_tokens(batch: Any, is_shifted: bool = True) -> Tensor | None:
     """Return tokens, targets and the sum of the examples' squared lengths; None without token ids.
 
     A position p of an example counts 2 p + 1 of the last, which adds up to n^2 over n positions.
+
+    Args:
+        batch: What holds `input_ids`.
+        is_shifted: As for `count_targets`; where targets cannot be told, they are 0.
 
     Shape:
         [3] int64, on the batch's device.
@@ -220,9 +230,7 @@ def count_tokens(batch: Any) -> Tensor | None:
     ids = _tensor(batch, "input_ids")
     if ids is None or ids.ndim == 0:
         return None
-    labels, mask, positions = (
-        _tensor(batch, name) for name in ("labels", "attention_mask", "position_ids")
-    )
+    mask, positions = _tensor(batch, "attention_mask"), _tensor(batch, "position_ids")
     is_token = torch.ones_like(ids, dtype=torch.bool)
     if mask is not None and mask.shape == ids.shape:
         is_token = mask != 0
@@ -230,8 +238,38 @@ def count_tokens(batch: Any) -> Tensor | None:
         squares = ((2 * positions + 1) * is_token).sum()
     else:
         squares = is_token.sum(-1).square().sum()
-    targets = squares.new_zeros(()) if labels is None else (labels[..., 1:] >= 0).sum()
+    targets = count_targets(batch, is_shifted)
+    if targets is None:
+        targets = squares.new_zeros(())
     return torch.stack([is_token.sum(), targets, squares]).long()
+
+
+def count_targets(batch: Any, is_shifted: bool = True) -> Tensor | None:
+    """Return how many labels the loss is taken at; None where labels are not those of tokens.
+
+    Args:
+        batch: What holds `input_ids` and `labels`.
+        is_shifted: Whether a position predicts the next one's label, so that a row's first has
+            none to predict it; else each label is a target.
+    """
+    ids, labels = _tensor(batch, "input_ids"), _tensor(batch, "labels")
+    if ids is None or labels is None or labels.is_floating_point():
+        return None
+    if is_shifted:
+        return (labels[..., 1:] >= 0).sum() if labels.shape == ids.shape else None
+    return (labels >= 0).sum() if labels.ndim == ids.ndim else None
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Tell whether the loss shifts the labels, as those of causal language models do.
+
+    transformers' other models are known by configuration and kind of loss; of a model that is not
+    theirs nothing is known, and it is taken for a causal one.
+    """
+    if _config(model).get("is_encoder_decoder"):
+        return False
+    losses = (getattr(module, "loss_type", None) for module in model.modules())
+    return next((loss for loss in losses if isinstance(loss, str)), None) not in UNSHIFTED_LOSSES
 
 
 def linear_maps(model: nn.Module) -> Iterator[LinearMap | LayerShape]:

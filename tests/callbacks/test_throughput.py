@@ -12,13 +12,23 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
+    PreTrainedConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from rslightning.batch import IGNORED, Batch
 from rslightning.callbacks import TokenThroughputMonitor, training_clock
 from rslightning.callbacks.throughput import (
+    count_targets,
     count_tokens,
     linear_maps,
     peak_memory_bytes,
+    shifts_labels,
     uncountable,
 )
 from rslightning.cost import GIB, LayerShape, LinearMap, training_flops
@@ -317,6 +327,64 @@ def layouts():
 def test_tokens_targets_and_squared_lengths(batch, lengths, targets):
     expected = [sum(lengths), targets, sum(length**2 for length in lengths)]
     assert count_tokens(batch).tolist() == expected
+
+
+IDS = torch.zeros(3, 7, dtype=torch.int64)
+EVERYWHERE = torch.ones_like(IDS)
+
+
+@pytest.mark.parametrize(
+    ("labels", "is_shifted", "targets"),
+    [
+        (EVERYWHERE, True, 3 * 6),
+        (EVERYWHERE, False, 3 * 7),
+        (EVERYWHERE[:, :4], False, 3 * 4),  # what the decoder writes
+        (EVERYWHERE[:, :4].masked_fill(torch.arange(4) > 1, -100), False, 3 * 2),
+        (EVERYWHERE[:, :4], True, None),
+        (EVERYWHERE[:, 0], True, None),  # classes
+        (EVERYWHERE[:, 0], False, None),
+        (EVERYWHERE[:, :4].float(), False, None),  # a probability of each class
+        (None, True, None),
+    ],
+)
+def test_targets_are_counted_where_they_can_be_told(labels, is_shifted, targets):
+    batch = {"input_ids": IDS, "labels": labels}
+    found = count_targets(batch, is_shifted)
+    assert (None if found is None else found.item()) == targets
+    assert count_tokens(batch, is_shifted).tolist() == [21, targets or 0, 3 * 49]
+
+
+def test_whose_labels_are_shifted(tiny_llama, make_gpt2):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = BertConfig(vocab_size=VOCABULARY, intermediate_size=8, **sizes)
+    t5 = T5Config(vocab_size=VOCABULARY, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    for model in (tiny_llama, make_gpt2(), nn.Linear(2, 3)):
+        assert shifts_labels(nn.Sequential(model))
+    for model in (BertForMaskedLM(bert), BertForTokenClassification(bert)):
+        assert not shifts_labels(nn.Sequential(model))
+    assert not shifts_labels(nn.Sequential(T5ForConditionalGeneration(t5)))
+
+
+@pytest.mark.parametrize("is_encoder_decoder", [False, True])
+def test_targets_of_other_models_than_causal_ones(
+    make_trainer, tmp_path, clock, is_encoder_decoder
+):
+    class Classes(Foreign):
+        def training_step(self, batch, batch_idx):
+            self.clock.now += COMPUTING
+            logits = self.head(self.embedding(batch["input_ids"]))
+            return logits.mean() + 0 * batch["labels"].sum()
+
+    module = Classes(clock, Rows(clock, 4))
+    module.config = PreTrainedConfig(is_encoder_decoder=is_encoder_decoder)
+    labels = EVERYWHERE[:, :4] if is_encoder_decoder else EVERYWHERE[:, 0]
+    rows = [token_batch(index) | {"labels": labels} for index in range(4)]
+    module.train_dataloader = lambda: DataLoader(rows, batch_size=None)
+    found = fit(make_trainer, tmp_path, module, TokenThroughputMonitor(1), max_steps=4)
+    assert ("target_tokens_per_second" in found) == is_encoder_decoder
+    assert len(found["tokens_per_second"]) == 3
+    if is_encoder_decoder:  # fetching takes no time here
+        assert values_of(found, "target_tokens_per_second") == [12 / COMPUTING] * 3
 
 
 @pytest.mark.parametrize("batch", [torch.zeros(2, 3), (1, 2), {"pixels": torch.zeros(2)}, None])
