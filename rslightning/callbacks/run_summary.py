@@ -17,6 +17,7 @@ from rslightning.callbacks.merge_adapters import (
     run_folder,
 )
 from rslightning.callbacks.scalars import optimizer_step, write_scalars
+from rslightning.callbacks.throughput import count_tokens, shifts_labels
 from rslightning.cost import GIB
 from rslightning.errors import UserError
 from rslightning.memory import MemoryEstimate, estimate_memory
@@ -53,8 +54,8 @@ class RunSummary(Callback):
         self._started = 0.0
         self._paused = 0.0
         self._pause_began = 0.0
-        self._tokens: Tensor | int = 0
-        self._targets: Tensor | int = 0
+        self._counts: Tensor | int = 0  # of this process: tokens and targets
+        self._is_shifted = True
         self._first_step = 0
         self._estimated: int | None = None
         self._compared = False
@@ -80,7 +81,8 @@ class RunSummary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._started = time.perf_counter()
+        self._started, self._paused, self._counts = time.perf_counter(), 0.0, 0
+        self._is_shifted = shifts_labels(pl_module)
         self._first_step, self._compared = trainer.global_step, False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,9 +98,9 @@ class RunSummary(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count tokens on the device that holds them; nothing waits for it."""
-        if isinstance(getattr(batch, "labels", None), Tensor):
-            self._tokens = self._tokens + batch.attention_mask.sum()
-            self._targets = self._targets + (batch.labels[:, 1:] >= 0).sum()
+        counts = count_tokens(batch, self._is_shifted)
+        if counts is not None:
+            self._counts = self._counts + counts[:2]
         if trainer.global_step - self._first_step == 2 and not self._compared:
             self._compared = True
             self._compare_memory(trainer.strategy.root_device)
@@ -115,11 +117,13 @@ class RunSummary(Callback):
         seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
         if getattr(getattr(trainer, "datamodule", None), "streaming", False):
             write_scalars(trainer, _data_counts(trainer), trainer.global_step)
-        tokens = int(self._tokens) * trainer.world_size
-        targets = int(self._targets) * trainer.world_size
+        own = torch.as_tensor(self._counts, device=trainer.strategy.root_device).expand(2)
+        tokens, targets = trainer.strategy.reduce(own.contiguous(), reduce_op="sum").tolist()
+        first = self._first_step
         rank_zero_info(
-            f"trained {trainer.global_step} steps on {tokens:,} tokens in {seconds:.1f} s: "
-            f"{tokens / seconds:,.0f} tokens/s, of which {targets / seconds:,.0f} targets/s"
+            f"trained {trainer.global_step - first} steps{f' after step {first}' if first else ''} "
+            f"on {tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s, of which "
+            f"{targets / seconds:,.0f} targets/s"
         )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

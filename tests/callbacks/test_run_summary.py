@@ -3,6 +3,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from torch.utils.data import DataLoader
+from transformers import BatchEncoding
 
 from rslightning.callbacks import MergeAdapters, RunSummary, TrainableCheckpoint, run_summary
 from rslightning.errors import UserError
@@ -159,6 +162,71 @@ def test_the_end_counts_real_tokens_and_targets(
     total, seconds, rate, target_rate = (float(x.replace(",", "")) for x in found.groups())
     assert (total, seconds) == (tokens, 4.0)
     assert (rate, target_rate) == pytest.approx((tokens / 4.0, targets / 4.0), abs=0.5)
+
+
+def tokens_trained(text):
+    """Return (steps, tokens) of each fit that a text tells of."""
+    found = re.findall(r"trained (\d+ steps(?: after step \d+)?) on ([\d,]+) tokens", text)
+    return [(steps, int(tokens.replace(",", ""))) for steps, tokens in found]
+
+
+def test_a_resumed_run_tells_of_its_own_steps(make_trainer, make_module, make_data, said, tmp_path):
+    data = make_data()
+    options = {"limit_val_batches": 0, "enable_checkpointing": True}
+    fit(make_trainer, make_module(), data, [TrainableCheckpoint()], max_steps=2, **options)
+    trainer = make_trainer(max_steps=5, limit_val_batches=0, callbacks=[summary := RunSummary()])
+    trainer.fit(make_module(), make_data(), ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    again = make_data()
+    again.setup("fit")
+    batches = [batch for _, batch in zip(range(5), again.train_dataloader(), strict=False)]
+    tokens = [int((batch.input_ids != data.pad_id).sum()) for batch in batches]
+    expected = [("2 steps", sum(tokens[:2])), ("3 steps after step 2", sum(tokens[2:]))]
+    assert tokens_trained(said()) == expected
+    trainer = make_trainer(max_steps=1, limit_val_batches=0, callbacks=[summary])
+    trainer.fit(make_module(), make_data())  # what the callback counted before is over
+    assert tokens_trained(said()) == [*expected, ("1 steps", tokens[0])]
+
+
+def test_the_tokens_of_all_processes_are_counted(
+    make_trainer, run_processes, said, tmp_path, make_module
+):
+    """Also where one process has longer rows than the other."""
+    module = make_module()
+    module.configure_model()
+
+    class Foreign(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = module.model
+
+        def training_step(self, batch, batch_idx):
+            return self.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    def rank(number):
+        ids = torch.ones(2, 5 if number == 0 else 11, dtype=torch.int64)
+        rows = DataLoader([{"input_ids": ids, "labels": ids}] * 3, batch_size=None)
+        options = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
+        fit(make_trainer, Foreign(), rows, limit_val_batches=0, **options)
+        (tmp_path / f"{number}.txt").write_text(said())
+
+    assert run_processes(2, rank) == [0, 0]
+    assert tokens_trained((tmp_path / "0.txt").read_text()) == [("3 steps", 3 * 2 * (5 + 11))]
+    assert "trained" not in (tmp_path / "1.txt").read_text()
+
+
+def test_labels_that_are_no_tokens_are_no_targets(make_trainer, make_module, said):
+    callback, module = RunSummary(), make_module()
+    trainer = make_trainer(max_steps=1)
+    ids = torch.ones(3, 7, dtype=torch.int64)
+    batch = BatchEncoding({"input_ids": ids, "labels": torch.tensor([0, 1, 2])})
+    callback.on_train_start(trainer, module)
+    callback.on_train_batch_end(trainer, module, None, batch, 0)
+    callback.on_train_end(trainer, module)
+    assert "on 21 tokens in " in said()
+    assert said().endswith("of which 0 targets/s")
 
 
 def test_validation_is_no_training_time(make_trainer, make_module, monkeypatch, said):
