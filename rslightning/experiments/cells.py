@@ -3,7 +3,7 @@
 A cell is a fit in a process of its own. Its folder holds what any fit leaves, and
 
     output.log     what it printed
-    status.json    how it ended; missing while it runs and after it was killed
+    status.json    how it ended; missing while it runs and after a signal stopped or killed it
 """
 
 import json
@@ -21,6 +21,7 @@ from typing import Final, Literal
 
 import yaml
 
+from rslightning.errors import STOP_SIGNALS
 from rslightning.experiments.event_files import read_events
 
 STATUS_FILE: Final = "status.json"
@@ -33,6 +34,9 @@ COMMAND: Final = "rslightning.__main__"
 
 SPEAKER: Final = "rslightning: "
 """How a sentence of ours that ends a command begins."""
+
+STOPPED: Final = tuple(128 + number for number in STOP_SIGNALS)
+"""Statuses of a fit that a signal has ended in order, or an interrupt before its first step."""
 
 TRAINING, HELD_OUT = "train/loss", "val/loss"
 
@@ -102,17 +106,18 @@ def write_status(folder: Path, status: Status) -> None:
 
 
 def run_cell(task: Task) -> None:
-    """Run a cell to its end in this process, and write how it ended.
+    """Run a cell to its end in this process, and write how it ended, unless a signal ended it.
 
     It goes on from the last checkpoint of the folder. Should events of the time before that be
     missing then, since a killed process took them along, it runs again from its beginning.
     """
     goes_on = (task.folder / LAST_CHECKPOINT).exists()
     status = _fit(task)
-    if goes_on and status.state == "finished" and has_gaps(task.folder):
+    if goes_on and status == Status("finished") and has_gaps(task.folder):
         forget(task.folder)
         status = _fit(task)
-    write_status(task.folder, status)
+    if status is not None:
+        write_status(task.folder, status)
 
 
 def forget(folder: Path) -> None:
@@ -136,7 +141,8 @@ def has_gaps(folder: Path) -> bool:
     )
 
 
-def _fit(task: Task) -> Status:
+def _fit(task: Task) -> Status | None:
+    """Run a fit; return how it ended, None where a signal did that: it would go on if run again."""
     checkpoint = task.folder / LAST_CHECKPOINT
     goes_on = ["--ckpt_path", str(checkpoint)] if checkpoint.exists() else []
     arguments = ["fit", *task.arguments, *goes_on]
@@ -144,6 +150,8 @@ def _fit(task: Task) -> Status:
     output = task.folder / OUTPUT_FILE
     with output_to(output):
         code = _in_processes(arguments) if task.in_processes else _here(arguments)
+    if code in STOPPED or code < 0:
+        return None
     return Status("finished") if code == 0 else Status("failed", last_line(output))
 
 

@@ -244,7 +244,7 @@ def _tell_end(folder: Path, cells: Sequence[Cell]) -> None:
     bad = [name for name, status in statuses.items() if status is None or status.state == "failed"]
     if bad:
         status = statuses[bad[0]]
-        said = "it was killed" if status is None else status.message
+        said = status.message if status else "it was killed; the same command goes on with it."
         raise RunError(
             f"{len(bad)} of {len(cells)} cells did not finish ({', '.join(bad[:4])}"
             f"{', ...' if len(bad) > 4 else ''}); {bad[0]}: {said} See output.log in its folder."

@@ -1,9 +1,11 @@
 """Sweeps from the console: what they run, that they go on when killed, what they refuse."""
 
 import os
+import pty
 import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -200,6 +202,57 @@ def numbers(sweep, output):
     files = {path.name: path.read_bytes() for path in output.rglob("*.csv")}
     assert {"figure2.csv", "figure3.csv"} <= files.keys()
     return files
+
+
+def one_long_fit(command, output):
+    """Return the words of a sweep of one cell, `rank2`, and its folder."""
+    words, folder = command(output)
+    plan = {**SWEEP, "grids": [{"rank": [2]}]}
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(plan))
+    return [*words, "--config", str(path), "--trainer.max_steps", "2000"], folder
+
+
+def is_training(folder):
+    return any(folder.glob("*/checkpoints/step-*.ckpt"))
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_fit_that_a_signal_stopped_goes_on(command, number):
+    words, folder = one_long_fit(command, f"stopped-{number}")
+    process = popen(words)
+    wait_for(lambda: is_training(folder), process)
+    others = {int(name) for name in cells_of(process.pid)} - {process.pid}
+    (fit,) = (other for other in others if os.getpgid(other) == other)
+    os.kill(fit, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "killed: it goes on when the sweep is started again rank2" in output
+    assert "rank2: it was killed; the same command goes on with it." in output
+    assert f"stopped by {number.name} after step" in (folder / "rank2/output.log").read_text()
+    assert [cell.name for cell in to_do(folder, [Cell("rank2", {})], False)] == ["rank2"]
+    assert (folder / "rank2/checkpoints/last.ckpt").exists()
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
+def test_a_sweep_whose_terminal_is_closed_ends_and_goes_on(command):
+    words, folder = one_long_fit(command, "closed")
+    session, terminal = pty.fork()
+    if session == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "rslightning", "sweep", *words])
+    end = time.monotonic() + 120
+    while not is_training(folder):
+        os.read(terminal, 65536)
+        assert time.monotonic() < end
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(session, 0)[1]) == -signal.SIGHUP
+    end = time.monotonic() + 20
+    while cells_of(session):
+        assert time.monotonic() < end, "cells outlived the sweep"
+        time.sleep(0.05)
+    assert [cell.name for cell in to_do(folder, [Cell("rank2", {})], False)] == ["rank2"]
+    assert (folder / "rank2/checkpoints/last.ckpt").exists()
 
 
 def test_what_is_done_is_skipped_and_what_failed_is_retried_on_request(tmp_path):
