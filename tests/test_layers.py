@@ -86,7 +86,7 @@ ALLOWED = {
         "storage",
         "training_step",
     },
-    "experiments": {"errors", "plain_yaml", "recipes", "redaction", "storage"},
+    "experiments": {"errors", "plain_yaml", "recipes", "redaction", "rslora", "storage"},
     "recipes": {"errors"},
     "verbs": {"assets", "checkpoint", "errors", "model_folder", "pickles", "rslora", "storage"},
     "cli_errors": set(),

@@ -38,8 +38,8 @@ def decide(name: str, study: Study) -> Verdict:
 
 def check_claim(name: str) -> None:
     """Raise `UserError` unless `name` is one of the claims."""
-    if name not in CLAIMS:
-        close = difflib.get_close_matches(name, CLAIMS, n=1)
+    if str(name) not in CLAIMS:
+        close = difflib.get_close_matches(str(name), CLAIMS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(CLAIMS)}."
         raise UserError(f"There is no claim {name!r}; {hint}")
 

@@ -1,9 +1,10 @@
 """The kinds of figures by name, and one way to draw them."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from rslightning.errors import UserError
 from rslightning.experiments.groups import Study
@@ -25,10 +26,23 @@ KINDS: Final = {
 
 def check_kind(kind: str) -> None:
     """Raise `UserError` unless `kind` is one of the kinds of figures."""
-    if kind not in KINDS:
-        close = difflib.get_close_matches(kind, KINDS, n=1)
+    if str(kind) not in KINDS:
+        close = difflib.get_close_matches(str(kind), KINDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(KINDS)}."
         raise UserError(f"There is no kind of figure {kind!r}; {hint}")
+
+
+def check_figures(where: str, figures: Mapping[Any, Any]) -> None:
+    """Raise `UserError` unless `figures` maps file names to kinds of figures.
+
+    Args:
+        where: What they are of, in words.
+        figures: File name -> kind.
+    """
+    for name, kind in figures.items():
+        if Path(str(name)).name != str(name):
+            raise UserError(f"{where}: {name!r} is no file name for a figure.")
+        check_kind(kind)
 
 
 def require_matplotlib() -> None:

@@ -153,6 +153,10 @@ def _check(path: Path, sweep: Sweep) -> None:
         raise UserError(
             f"{path}: name {sweep.name!r} cannot be a folder's; use letters and digits."
         )
+    try:
+        float(0.0 if sweep.rate is None else sweep.rate)
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: rate must be a number, got {sweep.rate!r}.") from None
     if not sweep.grids:
         raise UserError(f"{path}: grids is empty; give it one, as [{{rank: [4, 64]}}].")
     for grid in sweep.grids:

@@ -126,6 +126,7 @@ def _kill_group(process: BaseProcess) -> None:
 
 
 def _answer(sender: Any, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    os.dup2(2, 1)  # what libraries print belongs to no answer
     try:
         answer = function(*arguments)
     except Exception as error:

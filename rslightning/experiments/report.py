@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from rslightning.errors import UserError
 from rslightning.experiments.claims import CLAIMS, check_claim, decide
-from rslightning.experiments.figures import check_kind, draw, require_matplotlib
+from rslightning.experiments.figures import check_figures, draw, require_matplotlib
 from rslightning.experiments.groups import Study, find_studies
 from rslightning.experiments.measures import CRITERIA, is_unstable
 from rslightning.experiments.palette import method_name
@@ -70,10 +70,7 @@ def _refuse_other_folders(path: Path) -> None:
 
 
 def _check(study: Study) -> None:
-    for name, kind in study.figures.items():
-        if Path(str(name)).name != str(name):
-            raise UserError(f"{study.name}: {name!r} is no file name for a figure.")
-        check_kind(kind)
+    check_figures(study.name, study.figures)
     for claim in study.claims:
         check_claim(claim)
 

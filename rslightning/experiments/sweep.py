@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import yaml
@@ -22,6 +23,8 @@ from filelock import FileLock, Timeout
 
 from rslightning.errors import RunError, UserError
 from rslightning.experiments.cells import Status, Task, forget, logger_arguments, read_status
+from rslightning.experiments.claims import check_claim
+from rslightning.experiments.figures import check_figures
 from rslightning.experiments.grid import Cell, Sweep, describe_cells, read_sweep
 from rslightning.experiments.local import LocalLauncher, visible_devices
 from rslightning.experiments.slurm import SlurmLauncher
@@ -42,47 +45,72 @@ def sweep(arguments: argparse.Namespace) -> None:
     """Carry out `rslightning sweep --config SWEEP [options of fit]`.
 
     Raises:
-        UserError: If the file is no sweep, an option or value of a cell is wrong, the folder is in
-            use or holds cells of another configuration.
+        UserError: If the file is no sweep, an option or value of a cell is wrong, there is no such
+            figure, claim or launcher, the folder is in use or holds cells of another configuration.
         RunError: If a cell failed; the others have been run.
     """
     plan = read_sweep(find_config(arguments.config))
+    check_figures(plan.name, plan.figures)
+    for claim in plan.claims:
+        check_claim(claim)
     folder = Path(arguments.output or f"runs/{plan.name}")
     cells = plan.cells()
-    print(describe_cells(cells), flush=True)
-    common = _common_arguments(plan, folder, arguments.options)
+    local = LocalLauncher([None], arguments.threads)
     if arguments.dry_run:
+        _read_configurations(local, plan, cells, arguments.options)
+        print(describe_cells(cells))
+        common = _common_arguments(plan, folder, arguments.options)
         for cell in cells:
             print(shlex.join(["rslightning", "fit", *_arguments(folder, cell, common)]))
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    print(describe_cells(cells), "reading the configurations ...", sep="\n", flush=True)
+    facts = _read_configurations(local, plan, cells, arguments.options)
+    local.slots = choose_slots(facts, arguments.jobs, arguments.threads, os.environ)
+    launcher: LocalLauncher | SlurmLauncher = local
+    if arguments.launcher == "slurm":
+        launcher = SlurmLauncher(folder / "slurm", plan.slurm)
+    folder.mkdir(parents=True, exist_ok=True)  # whatever can be refused has been, but its cells
     try:
         with FileLock(folder / LOCK_FILE, timeout=0):
-            _run(arguments, plan, folder, cells, common)
+            write_plan(plan, folder, cells, arguments.options)
+            _run(arguments, plan, folder, cells, launcher, facts["in_processes"])
     except Timeout:
         raise UserError(f"{folder} is being swept by another process.") from None
 
 
+def _read_configurations(
+    local: LocalLauncher, plan: Sweep, cells: Sequence[Cell], options: Sequence[str]
+) -> dict[str, Any]:
+    """Return what `check_cells` says; the sweep's folder, if there is one, stays as it is."""
+    with TemporaryDirectory() as aside:
+        folder = Path(aside)
+        _write(folder / OPTIONS_FILE, options_text(plan))
+        common = _common_arguments(plan, folder, options)
+        configurations = [_arguments(folder, cell, common) for cell in corners(cells)]
+        facts: dict[str, Any] = local.ask(check_cells, configurations)
+    return facts
+
+
 def _run(
-    arguments: argparse.Namespace, plan: Sweep, folder: Path, cells: list[Cell], common: list[str]
+    arguments: argparse.Namespace,
+    plan: Sweep,
+    folder: Path,
+    cells: list[Cell],
+    launcher: LocalLauncher | SlurmLauncher,
+    in_processes: bool,
 ) -> None:
-    write_plan(plan, folder, cells, arguments.options)
-    local = LocalLauncher([None], arguments.threads)
-    print("reading the configurations ...", flush=True)
-    facts = local.ask(check_cells, [_arguments(folder, cell, common) for cell in corners(cells)])
-    local.slots = choose_slots(facts, arguments.jobs, arguments.threads, os.environ)
+    common = _common_arguments(plan, folder, arguments.options)
     tasks = [
-        Task(cell.name, folder / cell.name, _arguments(folder, cell, common), facts["in_processes"])
+        Task(cell.name, folder / cell.name, _arguments(folder, cell, common), in_processes)
         for cell in to_do(folder, cells, arguments.retry_failed)
     ]
     done = len(cells) - len(tasks)
-    if arguments.launcher == "slurm":
-        run, how = SlurmLauncher(folder / "slurm", plan.slurm).run, "as jobs of SLURM"
-    else:
-        run, how = local.run, f"{len(local.slots)} at a time"
+    how = "as jobs of SLURM"
+    if isinstance(launcher, LocalLauncher):
+        how = f"{len(launcher.slots)} at a time"
     print(f"{done} of {len(cells)} are done; the others run {how}, in {folder}", flush=True)
     with SweepTable(folder, len(cells), done) as table:
-        for running, ended in run(tasks):
+        for running, ended in launcher.run(tasks):
             table.update(running, ended)
     _tell_end(folder, cells)
 
@@ -106,8 +134,15 @@ def check_cells(configurations: Sequence[Sequence[str]]) -> dict[str, Any]:
     """
     import torch
 
+    from rslightning.rslora.spec import AdapterSpec
+
     read = import_module(CONFIGURATION_READER).read_config
-    trainers = [read(["fit", *words])["trainer"] for words in configurations]
+    configs = [read(["fit", *words]) for words in configurations]
+    for config in configs:
+        adapter = config["model"]["adapter"]
+        if adapter is not None and adapter["rank"] != "auto":
+            AdapterSpec(**adapter)  # refuses what the fits would
+    trainers = [config["trainer"] for config in configs]
     several = any(trainer["devices"] not in ("auto", 1, "1") for trainer in trainers)
     on_gpu = torch.cuda.is_available() and trainers[0]["accelerator"] != "cpu"
     return {"in_processes": several, "gpus": torch.cuda.device_count() if on_gpu else 0}
@@ -181,10 +216,20 @@ def write_plan(plan: Sweep, folder: Path, cells: list[Cell], options: Sequence[s
             _refuse_another_base(folder, before, content)
             _refuse_other_values(folder, begun, content["cells"])
         content["cells"] = begun | content["cells"]
-    for name, what in ((OPTIONS_FILE, plan.options), (SWEEP_FILE, content)):
-        aside = folder / f".{name}"
-        aside.write_text(yaml.safe_dump(what, sort_keys=False), encoding="utf-8")
-        aside.replace(folder / name)
+    _write(folder / OPTIONS_FILE, options_text(plan))
+    _write(path, yaml.safe_dump(content, sort_keys=False))
+
+
+def options_text(plan: Sweep) -> str:
+    """Return the fragment that all cells have in common, in YAML."""
+    return yaml.safe_dump(plan.options, sort_keys=False)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
 
 
 def _recipes(plan: Sweep, options: Sequence[str]) -> dict[str, Any]:

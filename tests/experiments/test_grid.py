@@ -102,6 +102,7 @@ def test_cells_are_described_in_a_line():
         ("{base: [a], grids: [rank]}", "axis rank takes a list of values, got None"),
         ("{base: a, grids: [{rank: [4]}]}", "base is a list, got 'a'"),
         ("{base: [a], options: [], grids: [{rank: [4]}]}", "options is a mapping, got []"),
+        ("{base: [a], rate: low, grids: [{rank: [4]}]}", "rate must be a number, got 'low'"),
         ("{base: [a], grid: [], grids: [{rank: [4]}]}", "there is no key grid in a sweep"),
         ("{base: [a], name: ../x, grids: [{rank: [4]}]}", "name '../x' cannot be a folder's"),
     ],

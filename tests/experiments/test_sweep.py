@@ -408,6 +408,34 @@ def test_a_wrong_key_is_found_before_the_first_cell_runs():
         check_cells([recipe, [*recipe, "--model.adapter.rnk", "4"]])
 
 
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"figures": {"a": "perplexty"}}, [], "There is no kind of figure 'perplexty'; did you"),
+        ({"figures": {"a": ["held_out"]}}, [], "There is no kind of figure ['held_out'];"),
+        ({"figures": {"a/b": "perplexity"}}, [], "tiny: 'a/b' is no file name for a figure."),
+        ({"claims": ["foo"]}, [], "There is no claim 'foo'; known are rank_gains, "),
+        ({"claims": [["moments"]]}, [], "There is no claim ['moments']; "),
+        ({"grids": [{"rnak": [4]}]}, [], "There is no option rnak"),
+        ({"grids": [{"rank": [4, -8]}]}, [], "rank must be a positive integer, got -8."),
+        ({"options": {"model": {"adapter": {"rnk": 3}}}}, [], "There is no option model.adapter."),
+        ({}, ["--model.adapter.rnk", "3"], "There is no option model.adapter.rnk; did you mean "),
+        ({}, ["--launcher", "slurm"], "SLURM jobs: "),
+    ],
+)
+def test_a_refused_sweep_leaves_no_folder(tmp_path, monkeypatch, capsys, change, options, message):
+    if "slurm" in options:
+        pytest.importorskip("submitit")
+        monkeypatch.setenv("PATH", str(tmp_path))
+    path, folder = tmp_path / "wrong.yaml", tmp_path / "runs"
+    path.write_text(yaml.safe_dump({**SWEEP, **change}))
+    words = ["--config", str(path), "--output", str(folder), *options]
+    assert said(words, capsys).startswith(message)
+    if "slurm" not in options:
+        assert said([*words, "--dry-run"], capsys).startswith(message)
+    assert [p.name for p in tmp_path.iterdir()] == ["wrong.yaml"]
+
+
 def test_slots_are_devices_or_cores():
     facts = {"in_processes": False, "gpus": 0}
     assert choose_slots(facts, 3, 1, {}) == [None] * 3
