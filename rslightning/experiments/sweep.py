@@ -58,10 +58,7 @@ def sweep(arguments: argparse.Namespace) -> None:
     local = LocalLauncher([None], arguments.threads)
     if arguments.dry_run:
         _read_configurations(local, plan, cells, arguments.options)
-        print(describe_cells(cells))
-        common = _common_arguments(plan, folder, arguments.options)
-        for cell in cells:
-            print(shlex.join(["rslightning", "fit", *_arguments(folder, cell, common)]))
+        print(as_script(plan, folder, cells, arguments.options))
         return
     print(describe_cells(cells), "reading the configurations ...", sep="\n", flush=True)
     facts = _read_configurations(local, plan, cells, arguments.options)
@@ -89,6 +86,17 @@ def _read_configurations(
         configurations = [_arguments(folder, cell, common) for cell in corners(cells)]
         facts: dict[str, Any] = local.ask(check_cells, configurations)
     return facts
+
+
+def as_script(plan: Sweep, folder: Path, cells: Sequence[Cell], options: Sequence[str]) -> str:
+    """Return the commands of all cells for a shell, after one that writes the file they share."""
+    lines = [f"# {describe_cells(cells)}"]
+    if plan.options:
+        path, text = shlex.quote(str(folder / OPTIONS_FILE)), shlex.quote(options_text(plan))
+        lines.append(f"mkdir -p {shlex.quote(str(folder))} && printf %s {text} > {path}")
+    common = _common_arguments(plan, folder, options)
+    words = (["rslightning", "fit", *_arguments(folder, cell, common)] for cell in cells)
+    return "\n".join([*lines, *map(shlex.join, words)])
 
 
 def _run(
