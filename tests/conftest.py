@@ -71,6 +71,14 @@ def nothing_is_left():
 
 
 @pytest.fixture
+def hangs_up():
+    """Processes that are started end by SIGHUP, as they do where `nohup` did not start the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
 def tiny_llama():
     """Return a random Llama whose sizes are all distinct, so that a swap shows."""
     from transformers import LlamaConfig, LlamaForCausalLM

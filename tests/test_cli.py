@@ -255,7 +255,7 @@ def test_a_fit_whose_output_is_read_no_longer_saves_what_it_did(recipe):
     assert last_step() >= 2
 
 
-def test_a_fit_whose_terminal_is_closed_saves_its_last_step(recipe):
+def test_a_fit_whose_terminal_is_closed_saves_its_last_step(recipe, hangs_up):
     process, terminal = pty.fork()
     if process == 0:
         os.execv(

@@ -36,12 +36,14 @@ class Told(Callback):
 @pytest.fixture(autouse=True)
 def same_handlers():
     """The signals mean afterwards what they meant before."""
-    # A shell that starts the tests in the background lets them ignore SIGINT.
-    at_start = signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A shell that starts the tests in the background lets them ignore SIGINT, and nohup SIGHUP.
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    at_start = {number: signal.signal(number, handler) for number, handler in usual.items()}
     before = [signal.getsignal(number) for number in SIGNALS]
     yield
     assert [signal.getsignal(number) for number in SIGNALS] == before
-    signal.signal(signal.SIGINT, at_start)
+    for number, handler in at_start.items():
+        signal.signal(number, handler)
 
 
 def saved(folder: Path) -> dict[str, int]:

@@ -216,7 +216,7 @@ def is_training(folder):
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
-def test_a_fit_that_a_signal_stopped_goes_on(command, number):
+def test_a_fit_that_a_signal_stopped_goes_on(command, number, hangs_up):
     words, folder = one_long_fit(command, f"stopped-{number}")
     process = popen(words)
     wait_for(lambda: is_training(folder), process)
@@ -233,7 +233,7 @@ def test_a_fit_that_a_signal_stopped_goes_on(command, number):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
-def test_a_sweep_whose_terminal_is_closed_ends_and_goes_on(command):
+def test_a_sweep_whose_terminal_is_closed_ends_and_goes_on(command, hangs_up):
     words, folder = one_long_fit(command, "closed")
     session, terminal = pty.fork()
     if session == 0:
