@@ -72,7 +72,7 @@ def nothing_is_left():
 
 @pytest.fixture
 def hangs_up():
-    """Processes that are started end by SIGHUP, as they do where `nohup` did not start the tests."""
+    """SIGHUP ends processes that are started, also where `nohup` started the tests."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
