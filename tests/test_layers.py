@@ -50,6 +50,7 @@ ALLOWED = {
     "hf": {"errors", "model_folder", "rslora"},
     "data": {"assets", "batch", "errors", "manifest", "storage"},
     "output_head": {"batch", "losses"},
+    "packed_rows": set(),
     "module": {
         "batch",
         "checkpoint",
@@ -60,6 +61,7 @@ ALLOWED = {
         "model_folder",
         "optimizer",
         "output_head",
+        "packed_rows",
         "random_streams",
         "rslora",
         "strategies",
