@@ -1,5 +1,6 @@
 """Read the trained adapter out of whatever a run left: checkpoint, adapter folder or run folder."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -7,9 +8,17 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from rslightning.checkpoint_folder import (
+    ADAPTER_FOLDER,
+    CHECKPOINTS,
+    STEP_NAME,
+    newest_first,
+    newest_whole,
+)
 from rslightning.deepspeed_checkpoint import is_deepspeed_folder, read_deepspeed_folder
 from rslightning.distributed_checkpoint import is_distributed_folder, read_distributed_folder
 from rslightning.errors import UserError
+from rslightning.manifest import step_of
 from rslightning.parts_checkpoint import is_parts_folder, read_parts_folder
 from rslightning.rslora.adapters import Adapter, LayerAdapter, plain_adapter
 from rslightning.rslora.peft_format import CONFIG_FILE, read_adapter
@@ -24,26 +33,61 @@ MATRICES: Final = ("lora_a", "lora_b")
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Return the adapter at `path`.
-
-    Args:
-        path: A Lightning checkpoint (file, DeepSpeed folder or sharded folder), an adapter folder
-            (ours or PEFT's), or a run folder, whose `adapter/` is taken.
+    """Return the adapter at `path`, which is anything that `find_state` takes.
 
     Raises:
         UserError: If there is none, or it is damaged or of another kind.
     """
-    path = Path(path)
+    state, said = find_state(Path(path))
+    for sentence in said:
+        warnings.warn(sentence, stacklevel=2)
+    return _from_checkpoint(state) if is_checkpoint(state) else read_adapter(state)
+
+
+def find_state(path: Path) -> tuple[Path, list[str]]:
+    """Return the checkpoint or adapter folder that `path` means, and sentences on damaged ones.
+
+    Args:
+        path: A checkpoint (file, DeepSpeed folder or sharded folder); an adapter folder (ours or
+            PEFT's); a run folder, whose newest state is taken: its `adapter/`, or a checkpoint that
+            is newer; or a folder of checkpoints, of which it is the newest that is whole.
+
+    Raises:
+        UserError: If it is none of them, or no checkpoint is whole.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist.")
-    if is_checkpoint(path):
-        return _from_checkpoint(path)
-    for folder in (path, path / "adapter"):
-        if (folder / CONFIG_FILE).exists():
-            return read_adapter(folder)
-    raise UserError(
-        f"{path} is neither a checkpoint nor a folder with {CONFIG_FILE} or adapter/ in it."
-    )
+    if is_checkpoint(path) or is_adapter(path):
+        return path, []
+    adapter = path / ADAPTER_FOLDER
+    checkpoints = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    newest = next(iter(newest_first(checkpoints)), None)
+    if is_adapter(adapter) and (newest is None or not _is_older(adapter, newest)):
+        return adapter, []
+    if newest is None:
+        raise UserError(
+            f"{path} is neither a checkpoint nor a folder with {CONFIG_FILE}, {ADAPTER_FOLDER}/ or "
+            f"{CHECKPOINTS}/ in it."
+        )
+    state, damaged = newest_whole(checkpoints)
+    return state, [f"{each}: taking {state.name}." for each in damaged]
+
+
+def is_adapter(path: Path) -> bool:
+    """Return whether `path` is an adapter folder."""
+    return (path / CONFIG_FILE).is_file()
+
+
+def _is_older(adapter: Path, checkpoint: Path) -> bool:
+    """Tell whether a run has gone on since it wrote its adapter.
+
+    Its step alone does not say: a run can go back to an earlier one. Nor do times, which a copy may
+    not keep.
+    """
+    step, match = step_of(adapter), STEP_NAME.fullmatch(checkpoint.name)
+    if step is not None and match is not None and step < int(match[1]):
+        return True
+    return (adapter / CONFIG_FILE).stat().st_mtime_ns < checkpoint.stat().st_mtime_ns
 
 
 def is_checkpoint(path: Path) -> bool:

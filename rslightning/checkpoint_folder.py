@@ -1,6 +1,6 @@
 """The folder of a run's checkpoints: which one is the newest that is whole.
 
-It holds `step-N.ckpt`, files or folders, and `last.ckpt`, a link to the one that was saved last.
+In the run's folder it is beside `adapter/` and `merged/`. It holds `step-N.ckpt`, files or folders, and `last.ckpt`, a link to the one that was saved last.
 """
 
 import re
@@ -13,6 +13,8 @@ from rslightning.safe_load import load_plain
 from rslightning.storage import flush, remove
 
 CHECKPOINTS: Final = "checkpoints"
+ADAPTER_FOLDER: Final = "adapter"  # what the run trained, and merged into its base, when it ends
+MERGED_FOLDER: Final = "merged"
 LAST: Final = "last.ckpt"
 STEP_NAME: Final = re.compile(r"step-(\d+)\.ckpt")
 
@@ -68,7 +70,7 @@ def newest_whole(folder: Path) -> tuple[Path, list[str]]:
         UserError: If there is none, or none is whole.
     """
     damaged: list[str] = []
-    candidates = _newest_first(folder)
+    candidates = newest_first(folder)
     for path in candidates:
         damage = damage_of(path)
         if damage is None:
@@ -79,7 +81,8 @@ def newest_whole(folder: Path) -> tuple[Path, list[str]]:
     raise UserError(f"There is no checkpoint in {folder}.")
 
 
-def _newest_first(folder: Path) -> list[Path]:
+def newest_first(folder: Path) -> list[Path]:
+    """Return the checkpoints that `newest_whole` looks at, whole or not, in that order."""
     steps, last = list_steps(folder)[::-1], folder / LAST
     if last.is_symlink():
         match = STEP_NAME.fullmatch(str(last.readlink()))

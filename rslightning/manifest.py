@@ -21,8 +21,13 @@ WAY_OUT: Final = (
 )
 
 
-def write_manifest(folder: Path) -> None:
-    """Write `manifest.json` over all files of a folder that is complete otherwise."""
+def write_manifest(folder: Path, step: int | None = None) -> None:
+    """Write `manifest.json` over all files of a folder that is complete otherwise.
+
+    Args:
+        folder: The folder.
+        step: Optimizer step of a run whose state it holds, if it does.
+    """
     paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / MANIFEST_FILE]
     with ThreadPoolExecutor() as threads:
         checksums = list(threads.map(_crc32, paths))
@@ -30,8 +35,18 @@ def write_manifest(folder: Path) -> None:
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32": checksum}
         for path, checksum in zip(paths, checksums, strict=True)
     }
-    text = json.dumps({"files": files}, indent=2)
+    content = {"files": files} if step is None else {"files": files, "step": step}
+    text = json.dumps(content, indent=2)
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def step_of(folder: Path) -> int | None:
+    """Return the optimizer step whose state a folder holds, None where that is not known."""
+    try:
+        step = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")).get("step")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def find_damage(path: Path, suffix: str = "", contents: bool = True) -> str | None:

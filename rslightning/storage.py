@@ -52,12 +52,13 @@ CODES: Final = {
 
 
 @contextmanager
-def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
+def new_folder(path: str | Path, replace: bool = False, step: int | None = None) -> Iterator[Path]:
     """Yield an empty folder that becomes `path` when the block ends, and vanishes when it fails.
 
     Args:
         path: Where the folder shall be; its parents are made.
         replace: Whether a folder that is there already gives way, after the new one is complete.
+        step: Optimizer step of a run whose state it holds, for its manifest.
 
     Raises:
         UserError: If `path` is a file, or not empty and `replace` is false.
@@ -74,7 +75,7 @@ def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
         _remove_left_behind(path)
         aside = Path(tempfile.mkdtemp(prefix=f"{_own_mark(path)}{os.getpid()}.", dir=path.parent))
         yield aside
-        write_manifest(aside)
+        write_manifest(aside, step)
         put_in_place(aside, path)
     except (OSError, SafetensorError) as error:
         raise RunError(f"Could not write {path}: {reason_of(error)}.") from error

@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import re
@@ -11,6 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rslightning.checkpoint import load_adapter, read_checkpoint
+from rslightning.checkpoint_folder import point_last, step_name
 from rslightning.errors import UserError
 from rslightning.model_folder import ModelFolder
 from rslightning.rslora import AdapterSpec, adapter_layers, adapter_parameters
@@ -37,7 +39,7 @@ def changed(path, change):
     return path
 
 
-@pytest.mark.parametrize("place", ["checkpoints/last.ckpt", "adapter", "."])
+@pytest.mark.parametrize("place", ["checkpoints/last.ckpt", "checkpoints", "adapter", "."])
 def test_the_adapter_of_whatever_a_run_left(fitted_run, place):
     adapter = load_adapter(str(fitted_run.folder / place))
     layers = dict(adapter_layers(fitted_run.module.model))
@@ -49,6 +51,85 @@ def test_the_adapter_of_whatever_a_run_left(fitted_run, place):
         assert adapter.layers[path].numbers == layer.adapter
     assert adapter.base_model == fitted_run.module.base_model
     assert adapter.dropout == 0.0
+
+
+@pytest.fixture
+def run(fitted_run, tmp_path):
+    """A copy of the run: `adapter/` of step 5, checkpoints of steps 4 and 5."""
+    return shutil.copytree(fitted_run.folder, tmp_path / "run", symlinks=True)
+
+
+def go_on(run: Path, step: int, seconds: float = 1.0) -> None:
+    """Leave the checkpoint of a step with B all ones, saved so long after the adapter."""
+
+    def train(content):
+        for name, tensor in content["state_dict"].items():
+            content["state_dict"][name] = torch.ones_like(tensor) if "lora_b" in name else tensor
+
+    path = run / "checkpoints" / step_name(step)
+    content = torch.load(run / "checkpoints/step-5.ckpt", weights_only=True)
+    train(content)
+    torch.save(content, path)
+    at = (run / "adapter/adapter_config.json").stat().st_mtime + seconds
+    os.utime(path, (at, at))
+    point_last(run / "checkpoints", step)
+
+
+def has_gone_on(run: Path) -> bool:
+    layers = load_adapter(run).layers.values()
+    (ones,) = {bool((layer.lora_b == 1).all()) for layer in layers}
+    return ones
+
+
+def test_a_run_folder_is_its_newest_state(run):
+    assert not has_gone_on(run)
+    go_on(run, 30)
+    assert has_gone_on(run)
+
+
+def test_a_run_folder_whose_copy_has_other_times(run):
+    go_on(run, 30, seconds=-100)
+    assert has_gone_on(run)
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_run_that_went_back_to_an_earlier_step(run, step):
+    go_on(run, step)
+    assert has_gone_on(run)
+
+
+def test_a_run_whose_final_state_is_in_no_checkpoint(run):
+    go_on(run, 3, seconds=-100)
+    assert not has_gone_on(run)
+
+
+@pytest.mark.parametrize("seconds", [-100, 100])
+def test_an_adapter_that_does_not_say_its_step(run, seconds):
+    manifest = run / "adapter/manifest.json"
+    content = json.loads(manifest.read_text())
+    assert content.pop("step") == 5
+    manifest.write_text(json.dumps(content))
+    go_on(run, 30, seconds)
+    assert has_gone_on(run) is (seconds > 0)
+
+
+def test_a_run_folder_without_an_adapter(run):
+    go_on(run, 30)
+    shutil.rmtree(run / "adapter")
+    assert has_gone_on(run)
+
+
+def test_a_damaged_newest_state_is_told(run):
+    go_on(run, 30)
+    go_on(run, 31)
+    path = run / "checkpoints/step-31.ckpt"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.warns(UserWarning, match=r"step-31\.ckpt is not whole .*: taking step-30\.ckpt\."):
+        assert has_gone_on(run)
+    (run / "checkpoints/step-30.ckpt").unlink()
+    for path in (run / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:-30])
+    assert refused(run).startswith("No checkpoint can be gone on from: ")
 
 
 def test_patterns_of_a_checkpoint_are_resolved_per_layer(last):
@@ -67,8 +148,8 @@ def test_nothing_at_the_path(tmp_path):
 
 def test_a_folder_of_something_else(tmp_path):
     assert refused(tmp_path) == (
-        f"{tmp_path} is neither a checkpoint nor a folder with adapter_config.json or adapter/ "
-        "in it."
+        f"{tmp_path} is neither a checkpoint nor a folder with adapter_config.json, adapter/ or "
+        "checkpoints/ in it."
     )
 
 

@@ -38,9 +38,11 @@ ALLOWED = {
     "distributed_checkpoint": {"errors", "safe_load"},
     "parts_checkpoint": {"errors", "safe_load", "storage"},
     "checkpoint": {
+        "checkpoint_folder",
         "deepspeed_checkpoint",
         "distributed_checkpoint",
         "errors",
+        "manifest",
         "parts_checkpoint",
         "rslora",
         "safe_load",

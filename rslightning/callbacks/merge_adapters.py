@@ -13,6 +13,7 @@ from typing_extensions import final
 
 from rslightning.callbacks.back_on_device import back_on_device
 from rslightning.callbacks.base_weights import refuse_other_weights
+from rslightning.checkpoint_folder import ADAPTER_FOLDER, MERGED_FOLDER
 from rslightning.errors import UserError
 from rslightning.memory import available_memory
 from rslightning.model_folder import (
@@ -38,9 +39,6 @@ from rslightning.rslora.peft_modules import refuse_switched_off
 from rslightning.rslora.trained import trained_adapter
 from rslightning.rslora.whole import is_shared_out, whole_tensor
 from rslightning.storage import new_folder
-
-ADAPTER_FOLDER: Final = "adapter"
-MERGED_FOLDER: Final = "merged"
 
 DESCRIBED: Final = ("architectures", "vocab_size", "id2label")
 """What another head or resized embeddings change in a model's configuration."""
@@ -143,12 +141,18 @@ class MergeAdapters(Callback):
                 _write_full(model, state, base, folder / MERGED_FOLDER, self.dtype)
             else:
                 with trainer.precision_plugin.forward_context():
-                    self._write(model, adapter, base, folder, logits)
+                    self._write(model, adapter, base, folder, logits, trainer.global_step)
 
     def _write(
-        self, model: Any, adapter: Adapter, base: ModelFolder, folder: Path, logits: Tensor | None
+        self,
+        model: Any,
+        adapter: Adapter,
+        base: ModelFolder,
+        folder: Path,
+        logits: Tensor | None,
+        step: int,
     ) -> None:
-        write_adapter(adapter, folder / ADAPTER_FOLDER, replace=True)
+        write_adapter(adapter, folder / ADAPTER_FOLDER, replace=True, step=step)
         with new_folder(folder / MERGED_FOLDER, replace=True) as aside:
             parts = float32_parts(model, self.dtype)
             report = merge_folder(base, adapter, aside, self.dtype, float32=parts)

@@ -10,14 +10,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import final
 
-from rslightning.callbacks.merge_adapters import (
-    ADAPTER_FOLDER,
-    MERGED_FOLDER,
-    language_model,
-    run_folder,
-)
+from rslightning.callbacks.merge_adapters import language_model, run_folder
 from rslightning.callbacks.scalars import optimizer_step, write_scalars
 from rslightning.callbacks.throughput import count_tokens, shifts_labels
+from rslightning.checkpoint_folder import ADAPTER_FOLDER, MERGED_FOLDER
 from rslightning.cost import GIB
 from rslightning.errors import UserError
 from rslightning.memory import MemoryEstimate, estimate_memory

@@ -57,7 +57,11 @@ Value = TypeVar("Value", int, float)
 
 
 def write_adapter(
-    adapter: Adapter, folder: str | Path, fold_scaling: bool = False, replace: bool = False
+    adapter: Adapter,
+    folder: str | Path,
+    fold_scaling: bool = False,
+    replace: bool = False,
+    step: int | None = None,
 ) -> None:
     """Write `adapter` as a folder that PEFT reads and computes the same function from.
 
@@ -68,6 +72,7 @@ def write_adapter(
             servers that ignore `use_rslora` and always compute `lora_alpha / r`. A B in 16 bit is
             then written in float32.
         replace: Whether a folder that is there gives way.
+        step: Optimizer step of the run that trained it, for the folder's manifest.
 
     Raises:
         UserError: If the folder is not empty and `replace` is false.
@@ -82,7 +87,7 @@ def write_adapter(
         tensors[f"base_model.model.{path}.lora_A.weight"] = layer.lora_a
         tensors[f"base_model.model.{path}.lora_B.weight"] = lora_b
     config = adapter_config(adapter, fold_scaling)
-    with new_folder(folder, replace) as aside:
+    with new_folder(folder, replace, step) as aside:
         save_tensors(tensors, aside / WEIGHTS_FILE)
         text = json.dumps(config, indent=2, sort_keys=True)
         (aside / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
