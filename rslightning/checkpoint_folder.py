@@ -1,6 +1,7 @@
 """The folder of a run's checkpoints: which one is the newest that is whole.
 
-In the run's folder it is beside `adapter/` and `merged/`. It holds `step-N.ckpt`, files or folders, and `last.ckpt`, a link to the one that was saved last.
+In the run's folder it is beside `adapter/` and `merged/`. It holds `step-N.ckpt`, files or folders,
+and `last.ckpt`, a link to the one that was saved last.
 """
 
 import re

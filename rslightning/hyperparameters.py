@@ -130,14 +130,16 @@ def refuse_other_structure(saved: Mapping[str, Any], own: Mapping[str, Any]) -> 
             )
 
 
-def _structure(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint and a run must have in common.
+def short_name(base_model: str) -> str:
+    """Return what is left of a base model's name where its folder moves: the last segment."""
+    return Path(base_model.removeprefix("asset:")).name
 
-    Of the base model that is the last segment of its name, since folders move.
-    """
+
+def _structure(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint and a run must have in common."""
     structure: dict[str, Any] = {}
     if "base_model" in hparams:
-        structure["base_model"] = Path(hparams["base_model"]).name
+        structure["base_model"] = short_name(hparams["base_model"])
     structure["quantization"] = hparams.get("quantization")
     adapter = hparams.get("adapter")
     structure["method"] = "full fine-tuning" if adapter is None else "adapters"

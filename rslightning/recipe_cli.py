@@ -39,10 +39,11 @@ from rslightning.callbacks import (
 )
 from rslightning.callbacks.merge_adapters import run_folder
 from rslightning.callbacks.predictions import WritePredictions
-from rslightning.checkpoint import read_checkpoint
+from rslightning.checkpoint import load_adapter, read_checkpoint
 from rslightning.cli_errors import explain
 from rslightning.data import TextDataModule
 from rslightning.errors import RunError, UserError
+from rslightning.hyperparameters import short_name
 from rslightning.launch import CHILDREN
 from rslightning.model_folder import ModelFolder, find_model_folder
 from rslightning.module import CausalLMModule
@@ -137,7 +138,7 @@ class RecipeCLI(LightningCLI):
             config = self.config if verb is None else self.config[verb]
             if verb is not None:
                 resolve_devices(config)
-                resolve_start(config, lambda: _plain(self._parser(verb), config))
+                resolve_start(config, verb, lambda: _plain(self._parser(verb), config))
             resolve_rank(config, verb is not None)
 
     def instantiate_classes(self) -> None:
@@ -187,9 +188,16 @@ class RecipeCLI(LightningCLI):
     def before_validate(self) -> None:
         """Take the adapter of the checkpoint alone: of any strategy and number of processes."""
         path = self._get(self.config, "ckpt_path")
-        if path is not None and self.model.adapter is not None:
-            self.model.start_from = path
-            self.config_init[self.subcommand]["ckpt_path"] = None
+        if path is None or self.model.adapter is None:
+            return
+        base, own = load_adapter(path).base_model, short_name(self.model.base_model)
+        if base is not None and short_name(base) != own:
+            raise UserError(
+                f"{path} has base_model {short_name(base)!r}, this run {own!r}; set it to that or, "
+                "where it has another name now, give --model.start_from in place of --ckpt_path."
+            )
+        self.model.start_from = path
+        self.config_init[self.subcommand]["ckpt_path"] = None
 
     before_test = before_predict = before_validate
 

@@ -8,12 +8,14 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from rslightning.checkpoint import read_checkpoint
+from rslightning.checkpoint import is_adapter, read_checkpoint
 from rslightning.errors import UserError
 from rslightning.launch import choose_devices
+from rslightning.model_folder import read_json
 from rslightning.plan import choose_rank
 from rslightning.resume import find_run, resolve_checkpoint
 from rslightning.rslora import AdapterSpec
+from rslightning.rslora.peft_format import CONFIG_FILE
 
 
 def resolve_devices(config: Namespace) -> None:
@@ -31,18 +33,22 @@ def resolve_devices(config: Namespace) -> None:
     )
 
 
-def resolve_start(config: Namespace, plain: Callable[[], Mapping[str, Any]]) -> None:
+def resolve_start(config: Namespace, verb: str, plain: Callable[[], Mapping[str, Any]]) -> None:
     """Put the path of a whole checkpoint in the place of `ckpt_path` and of `auto_resume`.
+
+    Where nothing is trained but adapters were, it may be that of an adapter folder.
 
     Args:
         config: Options of one verb; changed in place.
+        verb: Its name.
         plain: Returns them in plain values, as a run saves them.
 
     Raises:
         UserError: As `resolve_checkpoint` and `find_run`.
     """
     if config.get("ckpt_path") is not None:
-        found = resolve_checkpoint(config.ckpt_path, plain()["trainer"])
+        adapter_alone = verb != "fit" and config.model.adapter is not None
+        found = resolve_checkpoint(config.ckpt_path, plain()["trainer"], adapter_alone)
     elif config.get("auto_resume"):
         run, sentence = find_run(plain())
         rank_zero_info(sentence)
@@ -93,8 +99,11 @@ def resolve_rank(config: Namespace, is_run: bool) -> None:
 
 
 def _rank_of_checkpoint(path: str) -> int:
-    hparams = read_checkpoint(Path(path)).get("hyper_parameters") or {}
-    rank = (hparams.get("adapter") or {}).get("rank")
+    if is_adapter(Path(path)):
+        rank = read_json(Path(path) / CONFIG_FILE).get("r")
+    else:
+        hparams = read_checkpoint(Path(path)).get("hyper_parameters") or {}
+        rank = (hparams.get("adapter") or {}).get("rank")
     if isinstance(rank, int):
         return rank
     raise UserError(

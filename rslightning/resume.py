@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 import yaml
 
-from rslightning.checkpoint import is_checkpoint
+from rslightning.checkpoint import find_state, is_adapter, is_checkpoint
 from rslightning.checkpoint_folder import CHECKPOINTS, LAST, damage_of, list_steps, newest_whole
 from rslightning.errors import UserError
 
@@ -45,7 +45,7 @@ class Found(NamedTuple):
     said: list[str]
 
 
-def resolve_checkpoint(name: str, trainer: Mapping[str, Any]) -> Found:
+def resolve_checkpoint(name: str, trainer: Mapping[str, Any], adapter_alone: bool = False) -> Found:
     """Return the checkpoint that `--ckpt_path NAME` means.
 
     Args:
@@ -53,22 +53,38 @@ def resolve_checkpoint(name: str, trainer: Mapping[str, Any]) -> Found:
             folder, its `checkpoints/`, or the `last.ckpt` there: the newest that is whole; or
             `last`: the same of the newest run that has one.
         trainer: Configuration of the Trainer.
+        adapter_alone: Whether the adapter is all that is wanted, and not how far its run is: then
+            an adapter folder is taken, too, and of a run folder what `find_state` takes.
 
     Raises:
         UserError: If there is none, or none is whole.
     """
-    if name == "last":
-        folder = next((run / CHECKPOINTS for run in list_runs(trainer)), None)
-        if folder is None:
-            raise UserError(f"There is no run with a checkpoint in {runs_folder(trainer)}.")
-        return _newest(folder)
     path = Path(name)
+    if name == "last":
+        run = next(list_runs(trainer), None)
+        if run is None:
+            raise UserError(f"There is no run with a checkpoint in {runs_folder(trainer)}.")
+        path = run
     if path.is_dir() and not is_checkpoint(path):
-        return _newest(path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path)
+        return Found(*find_state(path)) if adapter_alone else _newest_in(path)
     if path.name == LAST and list_steps(path.parent):
         return _newest(path.parent)
     if not path.exists():
         raise UserError(f"There is no checkpoint {path}.")
+    return _whole_or_before(path)
+
+
+def _newest_in(folder: Path) -> Found:
+    """Return the newest checkpoint of a run folder, or of a folder of checkpoints."""
+    if is_adapter(folder):
+        raise UserError(
+            f"{folder} holds an adapter, and no run that could go on: begin anew from it with "
+            f"--model.start_from {folder}."
+        )
+    return _newest(folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder)
+
+
+def _whole_or_before(path: Path) -> Found:
     damage = damage_of(path)
     if damage is None:
         return Found(path, [])

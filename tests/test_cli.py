@@ -638,6 +638,47 @@ def test_evaluation_of_a_checkpoint(fitted, verb, tag):
     assert trained.out != untrained.out
 
 
+@pytest.mark.parametrize("place", ["", "adapter", "checkpoints", "checkpoints/step-3.ckpt"])
+def test_evaluation_of_whatever_a_run_left(fitted, place):
+    ours = ("--config", "tiny.yaml", "--model.adapter.rank", "auto", "--ckpt_path")
+    merged = ("--model.base_model", fitted / "merged", "--model.adapter", "null")
+    expected = run("validate", "--config", "tiny.yaml", *merged)
+    assert "val/loss" in expected.out
+    assert run("validate", *ours, fitted / place).out == expected.out
+
+
+def test_evaluation_of_the_newest_state_of_a_run(fitted):
+    (fitted / "checkpoints/last.ckpt").unlink()
+    newest = fitted / "checkpoints/step-3.ckpt"
+    content = torch.load(newest, weights_only=True)
+    for name, tensor in content["state_dict"].items():
+        content["state_dict"][name] = torch.ones_like(tensor)
+    newest = newest.rename(newest.with_name("step-4.ckpt"))
+    torch.save(content, newest)
+    ours = ("validate", "--config", "tiny.yaml", "--ckpt_path")
+    assert run(*ours, fitted).out == run(*ours, newest).out != run(*ours, fitted / "adapter").out
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+@pytest.mark.parametrize("place", ["", "adapter", "checkpoints/step-3.ckpt"])
+def test_evaluation_on_another_base_is_refused(fitted, model_folder, verb, place):
+    other = (fitted / "merged").absolute()
+    path = fitted / place
+    options = ("--config", "tiny.yaml", "--model.base_model", other)
+    taken = path if place else path / "adapter"
+    assert said(run(verb, *options, "--ckpt_path", path)) == (
+        f"{taken} has base_model {model_folder.name!r}, this run 'merged'; set it to that or, "
+        "where it has another name now, give --model.start_from in place of --ckpt_path."
+    )
+    assert run(verb, *options, "--model.start_from", path).status == 0
+
+
+def test_evaluation_on_a_base_that_has_moved(fitted, model_folder):
+    moved = shutil.copytree(model_folder, Path("elsewhere") / model_folder.name)
+    options = ("validate", "--config", "tiny.yaml", "--ckpt_path", fitted)
+    assert run(*options, "--model.base_model", moved).out == run(*options).out
+
+
 def test_predictions_of_a_checkpoint(fitted):
     outcome = run(
         "predict", "--config", "tiny.yaml", "--ckpt_path", fitted / "checkpoints/last.ckpt"

@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import (
 )
 
 from rslightning.callbacks import TrainableCheckpoint
-from rslightning.hyperparameters import keep_changes, plain_settings
+from rslightning.errors import UserError
+from rslightning.hyperparameters import keep_changes, plain_settings, refuse_other_structure
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Checkpoint directory .* exists and is not empty:UserWarning"
@@ -134,6 +135,14 @@ def test_settings_are_plain():
         for part in settings.values():
             assert part is not None
         check(settings)
+
+
+@pytest.mark.parametrize("base", ["asset:toy_llama", "/elsewhere/toy_llama"])
+def test_a_base_that_has_moved_is_the_same(base):
+    hparams = {"base_model": "/here/toy_llama", "adapter": None}
+    refuse_other_structure(hparams, {**hparams, "base_model": base})
+    with pytest.raises(UserError, match=r"^The checkpoint has base_model 'other', this run 'toy_"):
+        refuse_other_structure({**hparams, "base_model": "other"}, {**hparams, "base_model": base})
 
 
 def rate_of(path):

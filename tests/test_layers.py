@@ -95,7 +95,7 @@ ALLOWED = {
     "verbs": {"assets", "checkpoint", "errors", "model_folder", "pickles", "rslora", "storage"},
     "cli_errors": set(),
     "launch": {"errors", "redaction"},
-    "resolve": {"checkpoint", "errors", "launch", "plan", "resume", "rslora"},
+    "resolve": {"checkpoint", "errors", "launch", "model_folder", "plan", "resume", "rslora"},
     "plan": {
         "cost",
         "errors",
@@ -112,6 +112,7 @@ ALLOWED = {
         "cli_errors",
         "data",
         "errors",
+        "hyperparameters",
         "launch",
         "model_folder",
         "module",

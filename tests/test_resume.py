@@ -88,6 +88,21 @@ def test_none_is_told(run, tmp_path):
         resolve_checkpoint("last", trainer(tmp_path / "other"))
 
 
+def test_an_adapter_is_no_run_that_could_go_on(run):
+    adapter = run / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").touch()
+    with pytest.raises(UserError) as caught:
+        resolve_checkpoint(str(adapter), {})
+    assert str(caught.value) == (
+        f"{adapter} holds an adapter, and no run that could go on: begin anew from it with "
+        f"--model.start_from {adapter}."
+    )
+    assert resolve_checkpoint(str(adapter), {}, adapter_alone=True) == (adapter, [])
+    assert resolve_checkpoint(str(run), {}, adapter_alone=True) == (adapter, [])
+    assert resolve_checkpoint(str(run), {}) == (run / "checkpoints/step-6.ckpt", [])
+
+
 def test_last_is_of_the_newest_run(tmp_path):
     for version, steps in ((2, (5,)), (10, (1,)), (9, (7,))):
         make_run(tmp_path / f"tiny/version_{version}", steps)
