@@ -26,19 +26,20 @@ STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIG
 
 
 class StoppedError(RunError):
-    """A signal ended the run between two steps, on all processes; exit 128 + its number.
+    """A signal ended the run between two steps or batches; exit 128 + its number.
 
     Schedulers and shells know such a status as that of a process that a signal has ended.
 
     Args:
         signum: The signal.
-        step: How many optimizer steps are done.
+        step: How many optimizer steps are done; None where none is made.
     """
 
-    def __init__(self, signum: int, step: int) -> None:
+    def __init__(self, signum: int, step: int | None = None) -> None:
         self.signum = signal.Signals(signum)
         self.status = 128 + signum
-        super().__init__(f"stopped by {self.signum.name} after step {step}")
+        after = "" if step is None else f" after step {step}"
+        super().__init__(f"stopped by {self.signum.name}{after}")
 
 
 def describe_failure(error: BaseException) -> tuple[str, int]:

@@ -39,6 +39,7 @@ from rslightning.callbacks import (
 )
 from rslightning.callbacks.merge_adapters import run_folder
 from rslightning.callbacks.predictions import WritePredictions
+from rslightning.callbacks.stop_evaluation import StopEvaluation
 from rslightning.checkpoint import load_adapter, read_checkpoint
 from rslightning.cli_errors import explain
 from rslightning.data import TextDataModule
@@ -209,8 +210,7 @@ class RecipeCLI(LightningCLI):
         ours += [TensorBoardPanels(), RunSummary()]
         if self.subcommand == "predict":
             ours.append(WritePredictions())
-        if self.subcommand == "fit":
-            ours.append(StopOnSignal())
+        ours.append(StopOnSignal() if self.subcommand == "fit" else StopEvaluation())
         if config.get("enable_progress_bar") is not False:
             ours.append(TQDMProgressBar())  # Lightning's choice depends on what else is installed
         if config.get("enable_checkpointing") is False or self.subcommand != "fit":

@@ -679,6 +679,39 @@ def test_evaluation_on_a_base_that_has_moved(fitted, model_folder):
     assert run(*options, "--model.base_model", moved).out == run(*options).out
 
 
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP], ids=lambda number: number.name
+)
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_an_evaluation_that_is_told_to_end_says_so(recipe, monkeypatch, verb, number):
+    begin, batches = CausalLMModule.forward, []
+
+    def forward(self, batch):
+        batches.append(batch)
+        os.kill(os.getpid(), number)
+        return begin(self, batch)
+
+    monkeypatch.setattr(CausalLMModule, "forward", forward)
+    monkeypatch.setattr(CausalLMModule, "generate", lambda *given: forward(*given).argmax(-1))
+    before = signal.getsignal(number)
+    outcome = run(verb, "--config", recipe)
+    assert said(outcome, status=128 + number) == f"stopped by {number.name}"
+    assert signal.getsignal(number) is before
+    assert len(batches) == 1  # of two
+    assert f"{verb[:3]}/loss" not in outcome.out
+
+
+def test_a_signal_that_nohup_ignores_ends_no_evaluation(recipe, monkeypatch):
+    begin = CausalLMModule.on_validation_start
+    told = lambda self: (begin(self), os.kill(os.getpid(), signal.SIGHUP))  # noqa: E731
+    monkeypatch.setattr(CausalLMModule, "on_validation_start", told)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert "val/loss" in run("validate", "--config", recipe).out
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_predictions_of_a_checkpoint(fitted):
     outcome = run(
         "predict", "--config", "tiny.yaml", "--ckpt_path", fitted / "checkpoints/last.ckpt"
