@@ -41,6 +41,12 @@ from rslightning.callbacks.merge_adapters import run_folder
 from rslightning.callbacks.predictions import WritePredictions
 from rslightning.callbacks.stop_evaluation import StopEvaluation
 from rslightning.checkpoint import load_adapter, read_checkpoint
+from rslightning.checkpoint_folder import (
+    ADAPTER_FOLDER,
+    CHECKPOINTS,
+    MERGED_FOLDER,
+    list_steps,
+)
 from rslightning.cli_errors import explain
 from rslightning.data import TextDataModule
 from rslightning.errors import RunError, UserError
@@ -167,13 +173,15 @@ class RecipeCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuse a base that is not whole, and a checkpoint that this run cannot go on from.
 
-        Now, and not after the data are tokenized, which may take long.
+        And a folder whose run would be overwritten. Now, and not after the data are tokenized,
+        which may take long.
         """
         base = ModelFolder(find_model_folder(self.model.base_model))
         if self.model.pretrained:
             base.check_weights()
         path = self._get(self.config, "ckpt_path")
         if path is None:
+            _refuse_used(self.trainer)
             return
         content = read_checkpoint(Path(path))
         self.model.refuse_other_structure(content.get("hyper_parameters") or {})
@@ -226,6 +234,24 @@ class RecipeCLI(LightningCLI):
 
         What must not differ on resume is compared by `CausalLMModule.on_load_checkpoint`.
         """
+
+
+def _refuse_used(trainer: Trainer) -> None:
+    """Refuse to begin a run in the folder of another one, which would be overwritten in part."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    folder = run_folder(trainer)
+    if list_steps(folder / CHECKPOINTS):
+        raise UserError(
+            f"{folder} holds a run already: --ckpt_path {folder} goes on with it; to begin anew, "
+            "choose another folder, or remove it."
+        )
+    results = (folder / ADAPTER_FOLDER, folder / MERGED_FOLDER)
+    if found := [result.name for result in results if result.exists()]:
+        raise UserError(
+            f"{folder} holds what another run has left ({', '.join(found)}): choose another "
+            "folder, or remove it."
+        )
 
 
 def _remove_unbegun(trainer: Trainer, since: int) -> None:

@@ -247,6 +247,8 @@ CHECKPOINT = [
     Case("the checkpoint is of another rank", f"{GO_ON} run --model.adapter.rank 7"),
     Case("the checkpoint is of another scaling", f"{GO_ON} run --model.adapter.scaling lora"),
     Case("the checkpoint is of other targets", f"{GO_ON} run --model.adapter.targets [q_proj]"),
+    Case("a new run shall begin in the folder of another",
+         f"{FIT} --trainer.logger false --trainer.default_root_dir run"),
     Case("what is evaluated is of another base", "validate --config tiny.yaml --ckpt_path run --model.base_model wide"),
     Case("a run shall go on from an adapter", f"{GO_ON} adapter"),
     Case("it has no adapter to export", "export --output new --checkpoint bad.ckpt", 2,

@@ -927,6 +927,37 @@ def test_a_damaged_newest_checkpoint_is_passed_over(recipe):
         assert torch.equal(again["state_dict"][name], tensor)
 
 
+def content_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--trainer.logger.init_args.version", "0"),
+        ("--trainer.logger", "false", "--trainer.default_root_dir", "runs/tiny/version_0"),
+        ("--trainer.logger.init_args.version", "0", "--auto_resume", "true"),
+    ],
+)
+def test_a_new_run_in_the_folder_of_another_is_refused(fitted, options):
+    before = content_of(fitted)
+    outcome = run("fit", "--config", "tiny.yaml", "--model.adapter.rank", "4", *options)
+    assert said(outcome) == (
+        f"{fitted} holds a run already: --ckpt_path {fitted} goes on with it; to begin anew, "
+        "choose another folder, or remove it."
+    )
+    assert content_of(fitted) == before
+    shutil.rmtree(fitted / "checkpoints")
+    outcome = run("fit", "--config", "tiny.yaml", "--model.adapter.rank", "4", *options)
+    assert said(outcome) == (
+        f"{fitted} holds what another run has left (adapter, merged): choose another folder, or "
+        "remove it."
+    )
+    again = (*options, "--trainer.fast_dev_run", "true")
+    assert run("fit", "--config", "tiny.yaml", *again).status == 0  # it would write nothing
+    assert before.items() >= content_of(fitted).items()
+
+
 @resumes
 def test_resuming_another_rank_is_refused(fitted):
     outcome = run(

@@ -109,6 +109,7 @@ ALLOWED = {
     "recipe_cli": {
         "callbacks",
         "checkpoint",
+        "checkpoint_folder",
         "cli_errors",
         "data",
         "errors",

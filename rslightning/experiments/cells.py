@@ -122,8 +122,9 @@ def run_cell(task: Task) -> None:
 
 def forget(folder: Path) -> None:
     """Remove what a cell has left, but its output."""
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for path in [*folder.glob("events.out.*"), folder / STATUS_FILE]:
+    for name in ("checkpoints", "adapter", "merged"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for path in [*folder.glob("events.out.*"), *folder.glob("config*.yaml"), folder / STATUS_FILE]:
         path.unlink(missing_ok=True)
 
 
