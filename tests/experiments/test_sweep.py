@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from rslightning.__main__ import main
 from rslightning.errors import UserError
-from rslightning.experiments.cells import Status, has_gaps, read_status, write_status
+from rslightning.experiments.cells import Status, forget, has_gaps, read_status, write_status
 from rslightning.experiments.event_files import read_events
 from rslightning.experiments.grid import Cell, Sweep
 from rslightning.experiments.sweep import check_cells, choose_slots, to_do, write_plan
@@ -448,3 +448,14 @@ def test_the_help_imports_no_torch():
     code = "import sys; from rslightning.__main__ import main; main(['sweep', '--config', 'x'])"
     check = "; assert not {'torch', 'lightning', 'transformers'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code + check]).returncode == 0
+
+
+def test_a_cell_that_is_run_anew_has_nothing_left_but_its_output(tmp_path):
+    for name in ("checkpoints", "adapter", "merged"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    for name in ("config.yaml", "config.resume-1.yaml", "events.out.tfevents.1", "output.log"):
+        (tmp_path / name).touch()
+    write_status(tmp_path, Status("failed"))
+    forget(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["output.log"]
