@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 
 from rslightning.callbacks import (
     ActivationMomentMonitor,
@@ -59,6 +60,7 @@ from rslightning.plan_text import describe_ways_out
 from rslightning.redaction import redact_values
 from rslightning.resolve import resolve_devices, resolve_rank, resolve_start
 from rslightning.resume import hold
+from rslightning.run_config import describe_changes, newest_config, next_config
 from rslightning.storage import write_text
 
 # Group name -> (type, default). `null` turns a group off. They run in this order, the summary last.
@@ -96,14 +98,10 @@ class SaveRunConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             hold(folder)
-            path, number = folder / "config.yaml", 0
-            while path.exists():
-                number += 1
-                path = folder / f"config.resume-{number}.yaml"
             # Not `parser.save`: it enters the folder for a moment, in which the thread that writes
             # TensorBoard's files would not find them where their relative paths say.
             text = self.parser.dump(self.config, skip_none=False)
-            write_text(path, _without_secrets(text))
+            write_text(next_config(folder), _without_secrets(text))
 
 
 class RecipeCLI(LightningCLI):
@@ -193,6 +191,14 @@ class RecipeCLI(LightningCLI):
                 f"with --model.start_from {path}."
             )
         _keep_metrics(self.trainer)
+        self._tell_changes(Path(path).absolute().parent)
+
+    def _tell_changes(self, checkpoints: Path) -> None:
+        """Say in what the configuration differs from that of the run up to now."""
+        saved = newest_config(checkpoints.parent) if checkpoints.name == CHECKPOINTS else None
+        now = _plain(self._parser(self.subcommand), self.config[self.subcommand])
+        if saved is not None and (changes := describe_changes(saved, now)):
+            rank_zero_info(changes)
 
     def before_validate(self) -> None:
         """Take the adapter of the checkpoint alone: of any strategy and number of processes."""

@@ -13,25 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import yaml
-
 from rslightning.checkpoint import find_state, is_adapter, is_checkpoint
 from rslightning.checkpoint_folder import CHECKPOINTS, LAST, damage_of, list_steps, newest_whole
 from rslightning.errors import UserError
-
-CONFIG_FILE: Final = "config.yaml"
-
-NO_PART: Final = (
-    "ckpt_path",
-    "auto_resume",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.logger.init_args.version",
-)
-"""Keys in which two runs of the same configuration may differ."""
-
-AUTO_RANK: Final = ("model.adapter.rank", "auto")
-"""A key whose value is replaced by a number before it is saved."""
+from rslightning.run_config import first_difference, newest_config
 
 VERSION: Final = re.compile(r"version_(\d+)")
 
@@ -160,11 +145,10 @@ def find_run(config: Mapping[str, Any]) -> tuple[Run | None, str]:
     folder, other = runs_folder(config["trainer"]), "there is none yet"
     runs = [folder, *folder.iterdir()] if folder.is_dir() else []
     for run in sorted(runs, key=_age, reverse=True):
-        try:
-            saved = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
+        saved = newest_config(run)
+        if saved is None:
             continue
-        difference = _first_difference(saved, config)
+        difference = first_difference(saved, config)
         if difference is None:
             return _go_on(run)
         if other == "there is none yet":
@@ -215,23 +199,3 @@ def _is_held(run: Path) -> bool:
         return error.errno in (errno.EAGAIN, errno.EACCES)
     finally:
         os.close(descriptor)
-
-
-def _first_difference(saved: Any, now: Mapping[str, Any]) -> str | None:
-    """Return where two configurations differ in a key that both have, with both values."""
-    before, after = dict(_flat(saved)), dict(_flat(now))
-    for key, value in after.items():
-        if key in NO_PART or (key, value) == AUTO_RANK or key not in before:
-            continue
-        if before[key] != value:
-            return f"{key} {before[key]!r}, not {value!r}"
-    return None
-
-
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of everything that is no mapping."""
-    if not isinstance(value, Mapping) or not value:
-        yield key, value
-        return
-    for name, inner in value.items():
-        yield from _flat(inner, f"{key}.{name}" if key else str(name))

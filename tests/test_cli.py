@@ -973,7 +973,8 @@ def test_resuming_another_rank_is_refused(fitted):
 
 
 @resumes
-def test_the_command_line_wins_over_the_checkpoint(fitted):
+def test_the_command_line_wins_over_the_checkpoint(fitted, caplog):
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
     outcome = run(
         *("fit", "--config", "tiny.yaml", "--model.optimizer.lr", "0.5"),
         *("--trainer.max_steps", "4", "--model.max_new_tokens", "9"),
@@ -983,6 +984,12 @@ def test_the_command_line_wins_over_the_checkpoint(fitted):
     saved = yaml.safe_load(Path("runs/tiny/version_1/config.yaml").read_text())
     assert saved["model"]["optimizer"]["init_args"]["lr"] == 0.5
     assert saved["model"]["max_new_tokens"] == 9
+    lines = [line for record in caplog.records for line in record.getMessage().splitlines()]
+    assert [line for line in lines if line.startswith("going on with")] == [
+        "going on with another configuration than before: trainer.max_steps is 4, and was 3; "
+        "model.max_new_tokens is 9, and was 4.",
+        "going on with other options than before: lr is 0.5, and was 0.01.",
+    ]
 
 
 # --- several files, groups ------------------------------------------------------------------------

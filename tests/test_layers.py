@@ -48,7 +48,8 @@ ALLOWED = {
         "safe_load",
     },
     "checkpoint_folder": {"errors", "manifest", "safe_load", "storage"},
-    "resume": {"checkpoint", "checkpoint_folder", "errors"},
+    "run_config": set(),
+    "resume": {"checkpoint", "checkpoint_folder", "errors", "run_config"},
     "hf": {"errors", "model_folder", "rslora"},
     "data": {"assets", "batch", "errors", "manifest", "storage"},
     "output_head": {"batch", "losses"},
@@ -122,6 +123,7 @@ ALLOWED = {
         "redaction",
         "resolve",
         "resume",
+        "run_config",
         "storage",
     },
     "cli": {

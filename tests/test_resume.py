@@ -156,6 +156,24 @@ def test_what_may_differ(tmp_path):
     assert find_run(now)[0].folder == tmp_path / "tiny/version_0"
 
 
+def test_a_run_is_of_the_configuration_with_which_it_went_on_last(tmp_path):
+    run = make_run(tmp_path / "tiny/version_0", (2,), config(tmp_path, rank=4))
+    for number in (9, 10):
+        text = yaml.safe_dump(config(tmp_path, seed_everything=number))
+        (run / f"config.resume-{number}.yaml").write_text(text)
+    assert find_run(config(tmp_path, seed_everything=10))[0].folder == run
+    assert find_run(config(tmp_path, seed_everything=9))[1] == (
+        f"auto_resume: a new run begins; {run} has seed_everything 10, not 9."
+    )
+
+
+def test_a_run_of_no_logger_goes_on(tmp_path):
+    logger = {"logger": False, "default_root_dir": str(tmp_path)}
+    now = {"model": {"adapter": {"rank": 3}}, "trainer": trainer(tmp_path, **logger)}
+    make_run(tmp_path, (2,), now)
+    assert find_run(now)[0].folder == tmp_path
+
+
 def test_a_new_run_begins_and_says_why(tmp_path):
     assert find_run(config(tmp_path)) == (
         None,
