@@ -7,6 +7,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -27,9 +28,17 @@ from rslightning.recipe_cli import SUBCOMMANDS, RecipeCLI, known_keys
 from rslightning.recipes import find_config
 from rslightning.resume import give_back
 
+OF_THE_USER: Final = re.compile(
+    r"`devices` selected with|-?\d+ is not in bounds, numpy|Early stopping conditioned on metric"
+)
+"""How errors of other kinds begin by which Lightning tells of a wrong option."""
+
 FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-CLOSED: Final = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+CLOSED: Final = (
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EEXIST, errno.ENOENT),
+)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -110,20 +119,29 @@ def _parse(arguments: Sequence[str], run: bool = True, build: bool = True) -> Re
         if "gpu backend" in said:
             said = "There is no GPU here: set trainer.accelerator to cpu, or leave it out."
         raise UserError(said) from error
-    except OSError as error:
-        if error.errno in FULL:
-            raise RunError(f"The disk took no more: {error.strerror}.") from error
-        if error.errno in CLOSED and error.filename is not None:
-            raise RunError(
-                f"Could not open or write {error.filename}: {error.strerror}."
-            ) from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        if OF_THE_USER.match(str(error)):
+            raise UserError(" ".join(str(error).split())) from error
         raise
+    except OSError as error:
+        if (reason := _describe_refusal(error)) is None:
+            raise
+        raise RunError(reason) from error
     except SystemExit as stop:  # what Lightning makes of an interrupt
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
     finally:
         give_back()
+
+
+def _describe_refusal(error: OSError) -> str | None:
+    """Return what to say where the file system refused; None where it did something else."""
+    if error.errno in FULL:
+        return f"The disk took no more: {error.strerror}."
+    if error.errno in CLOSED and error.filename is not None:
+        return f"Could not open or write {error.filename}: {error.strerror}."
+    return None
 
 
 def _resolve_configs(arguments: Sequence[str]) -> list[str]:

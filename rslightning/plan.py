@@ -17,7 +17,7 @@ from rslightning.errors import UserError
 from rslightning.memory import MemoryEstimate, available_memory, estimate_memory, total_memory
 from rslightning.model_folder import read_model_config
 from rslightning.model_shape import LinearShape, ModelShape, read_shape
-from rslightning.rslora.inject import select_targets
+from rslightning.rslora.inject import refuse_unmatched, select_targets
 from rslightning.rslora.spec import TARGET_GROUPS, AdapterSpec
 from rslightning.training_step import (
     Sharding,
@@ -90,8 +90,8 @@ def read_plan(config: Config, devices: int | None = None) -> Plan:
         devices: Number of processes; None takes the configuration's.
 
     Raises:
-        UserError: If the base model or its family is unknown, a target matches nothing, or the
-            data says neither `batch_size` nor `max_length`, or ranks are to be allocated.
+        UserError: If the base model or its family is unknown, a target or pattern matches nothing,
+            the data says neither `batch_size` nor `max_length`, or ranks are to be allocated.
     """
     model, trainer = config["model"], config["trainer"]
     if model["adapter"] is not None and model["adapter"].get("allocation") is not None:
@@ -102,10 +102,14 @@ def read_plan(config: Config, devices: int | None = None) -> Plan:
     shape = read_shape(read_model_config(model["base_model"]))
     adapter = model["adapter"]
     rank = None if adapter is None else adapter["rank"]
+    adapted = () if adapter is None else _adapted(shape, adapter["targets"])
+    if adapter is not None:
+        patterns = {name: adapter.get(name, {}) for name in ("rank_pattern", "alpha_pattern")}
+        refuse_unmatched(AdapterSpec(**patterns), [linear.path for linear in adapted])
     return Plan(
         base_model=model["base_model"],
         shape=shape,
-        adapted=() if adapter is None else _adapted(shape, adapter["targets"]),
+        adapted=adapted,
         rank=rank if isinstance(rank, int) else None,
         rank_pattern={} if adapter is None else adapter["rank_pattern"],
         step=_read_step(config, devices),

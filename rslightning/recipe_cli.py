@@ -53,6 +53,7 @@ from rslightning.data import TextDataModule
 from rslightning.errors import RunError, UserError
 from rslightning.hyperparameters import short_name
 from rslightning.launch import CHILDREN
+from rslightning.limits import check_limits
 from rslightning.model_folder import ModelFolder, find_model_folder
 from rslightning.module import CausalLMModule
 from rslightning.plan import device_memory, read_plan
@@ -138,9 +139,10 @@ class RecipeCLI(LightningCLI):
         Words that stand for a value get it here, before anything is built or written.
         """
         self.config = parser.parse_args(args)
+        verb = self.config.get("subcommand")
+        config = self.config if verb is None else self.config[verb]
+        check_limits(config.as_dict())
         if self.build:
-            verb = self.config.get("subcommand")
-            config = self.config if verb is None else self.config[verb]
             if verb is not None:
                 resolve_devices(config)
                 resolve_start(config, verb, lambda: _plain(self._parser(verb), config))

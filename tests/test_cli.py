@@ -373,6 +373,26 @@ def test_a_recipe_is_shown_and_copied(tmp_path, monkeypatch):
             "model.dtype: Expected one of 'float32', 'bfloat16', 'float16'. Got value: fp8",
         ),
         ("--data.batch_size 0", "data.batch_size must be at least 1, got 0"),
+        ("--data.num_workers -1", "data.num_workers must be at least 0, got -1"),
+        ("--seed_everything -1", "seed_everything must be at least 0, got -1"),
+        ("--model.max_new_tokens -5", "model.max_new_tokens must be at least 1, got -5"),
+        ("--before_after.example -1", "before_after.example must be at least 0, got -1"),
+        (
+            "--trainer.accumulate_grad_batches -3",
+            "trainer.accumulate_grad_batches must be at least 1, got -3",
+        ),
+        (
+            "--trainer.val_check_interval 0",
+            "trainer.val_check_interval must be more than 0, got 0",
+        ),
+        (
+            "--trainer.devices -1",
+            "`devices` selected with `CPUAccelerator` should be an int > 0.",
+        ),
+        (
+            "--seed_everything 4294967296",
+            "4294967296 is not in bounds, numpy accepts from 0 to 4294967295",
+        ),
         ("--data.batch_size x", "data.batch_size: Expected int. Got value: x"),
         (
             "--data.class_path rslightning.data.OpenOrka",

@@ -95,6 +95,7 @@ ALLOWED = {
     "recipes": {"errors"},
     "verbs": {"assets", "checkpoint", "errors", "model_folder", "pickles", "rslora", "storage"},
     "cli_errors": set(),
+    "limits": {"errors"},
     "launch": {"errors", "redaction"},
     "resolve": {"checkpoint", "errors", "launch", "model_folder", "plan", "resume", "rslora"},
     "plan": {
@@ -116,6 +117,7 @@ ALLOWED = {
         "errors",
         "hyperparameters",
         "launch",
+        "limits",
         "model_folder",
         "module",
         "plan",

@@ -104,6 +104,16 @@ def test_targets_are_those_that_injection_adapts(name, targets, tmp_path):
     assert sum(sizes) == report.trainable_parameters
 
 
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_nothing_is_refused_as_by_the_fit(folder, name):
+    adapter = settings(folder)["model"]["adapter"] | {name: {"zzz": 4}}
+    with pytest.raises(UserError) as caught:
+        read_plan(settings(folder, adapter=adapter))
+    assert str(caught.value).startswith(
+        "rank_pattern or alpha_pattern key 'zzz' matches none of the adapted modules."
+    )
+
+
 def test_a_pattern_keeps_its_rank(folder):
     found = read_plan(settings(folder, rank_pattern={"q_proj": 3, r"layers\.5\.mlp\..*": 7}))
     ranks = found.at(32).ranks

@@ -89,11 +89,7 @@ def inject_adapters(
     refuse_adapted(model)
     targets = select_targets(model, list(linear_modules(model)), spec.targets)
     refuse_tied(model, {path: model.get_submodule(path) for path in targets})
-    if unmatched := unmatched_patterns(spec, targets):
-        raise UserError(
-            f"rank_pattern or alpha_pattern key {unmatched[0]!r} matches none of the adapted "
-            f"modules{_suggest(unmatched[0], targets)}"
-        )
+    refuse_unmatched(spec, targets)
     adapters = {path: spec.resolve(path) for path in targets}
     has_values = spec.allocation is not None
     report = _report(model, _shapes(model), adapters, has_values)
@@ -102,6 +98,15 @@ def inject_adapters(
     with one_thread_each() as (threads, _):  # 2,000 million numbers of a 7B model at rank 2048
         list(threads.map(lambda path: layers[path].reset_adapter(path, spec.init), layers))
     return report
+
+
+def refuse_unmatched(spec: AdapterSpec, targets: Sequence[str]) -> None:
+    """Raise `UserError` if a pattern of `spec` matches none of the adapted modules."""
+    if unmatched := unmatched_patterns(spec, targets):
+        raise UserError(
+            f"rank_pattern or alpha_pattern key {unmatched[0]!r} matches none of the adapted "
+            f"modules{_suggest(unmatched[0], targets)}"
+        )
 
 
 def refuse_adapted(model: nn.Module) -> None:
