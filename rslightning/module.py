@@ -21,7 +21,13 @@ from rslightning.errors import UserError
 from rslightning.hyperparameters import keep_changes, plain_settings, refuse_other_structure
 from rslightning.losses import token_nats
 from rslightning.model_folder import absolute_name, find_model_folder
-from rslightning.optimizer import prefer_fused, refuse_parts
+from rslightning.optimizer import (
+    build_optimizer,
+    build_schedule,
+    prefer_fused,
+    refuse_parts,
+    told_as,
+)
 from rslightning.output_head import logits_are_of_head, nats_for_logits
 from rslightning.packed_rows import keeps_examples_apart, packed_logits
 from rslightning.random_streams import begin_stream
@@ -366,16 +372,23 @@ class CausalLMModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule over the trainable parameters."""
-        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        trained = [p for p in self.parameters() if p.requires_grad]
+        optimizer = build_optimizer(self.make_optimizer, trained)
         if self._trainer is not None:
             refuse_parts(optimizer, self.trainer.strategy)
         prefer_fused(optimizer)
-        scheduler = self.make_lr_scheduler(optimizer) if self.make_lr_scheduler else None
+        make = self.make_lr_scheduler
+        scheduler = build_schedule(make, optimizer) if make else None
         self._settings = plain_settings(optimizer, scheduler)
         if scheduler is None:
             return optimizer
         schedule = {"scheduler": scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step the schedule; one that has an end may refuse to."""
+        with told_as("model.lr_scheduler"):
+            super().lr_scheduler_step(scheduler, metric)
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Return name -> tensor of every trainable parameter."""

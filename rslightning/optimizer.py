@@ -1,10 +1,15 @@
 """Which of torch's implementations of an optimizer makes the step, and which would make another."""
 
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
+import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import nn
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer, SparseAdam
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from rslightning.errors import UserError
 
@@ -21,6 +26,57 @@ DeepSpeed gives an optimizer a part of one vector of all entries, at every stage
 error, Adafactor then trains otherwise. FSDP2's parts know of the whole, but torch 2.13 cannot
 compute Adafactor's column means of them.
 """
+
+
+def build_optimizer(make: Callable[..., Optimizer], parameters: list[nn.Parameter]) -> Optimizer:
+    """Return the optimizer of some parameters.
+
+    Args:
+        make: Its class with its arguments.
+        parameters: What it trains.
+
+    Raises:
+        UserError: If the class does not take the arguments, or trains no dense parameters.
+    """
+    with told_as("model.optimizer"):
+        optimizer = make(parameters)
+    if isinstance(optimizer, SparseAdam):
+        raise UserError("model.optimizer: SparseAdam is for sparse gradients; take Adam.")
+    return optimizer
+
+
+def build_schedule(make: Callable[..., Any], optimizer: Optimizer) -> Any:
+    """Return the schedule of an optimizer; it is first tried for a step on a copy of its rates.
+
+    Args:
+        make: Its class with its arguments.
+        optimizer: Whose rates it sets.
+
+    Raises:
+        UserError: If the class does not take the arguments, cannot step with them, or waits for a
+            metric.
+    """
+    stand_in = SGD([nn.Parameter(torch.zeros(1))])
+    stand_in.param_groups = [dict(group) for group in optimizer.param_groups]
+    stand_in.defaults = optimizer.defaults
+    with told_as("model.lr_scheduler"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the optimizer makes no step
+        tried = make(stand_in)
+        if isinstance(tried, ReduceLROnPlateau):
+            raise UserError("ReduceLROnPlateau waits for a metric, which is not supported.")
+        tried.step()
+    return make(optimizer)
+
+
+@contextmanager
+def told_as(option: str) -> Iterator[None]:
+    """Tell whatever a class says of its arguments as a wrong option."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split())
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise UserError(f"{option}: {kind}{said}") from error
 
 
 def refuse_parts(optimizer: Optimizer, strategy: Any) -> None:

@@ -546,8 +546,9 @@ def test_a_target_that_there_is_not(recipe):
 
 def test_a_schedule_that_needs_a_metric(recipe):
     schedule = "torch.optim.lr_scheduler.ReduceLROnPlateau"
-    message = said(run("fit", "--config", recipe, "--model.lr_scheduler", schedule))
-    assert "must include a monitor when a `ReduceLROnPlateau` scheduler is used" in message
+    assert said(run("fit", "--config", recipe, "--model.lr_scheduler", schedule)) == (
+        "model.lr_scheduler: ReduceLROnPlateau waits for a metric, which is not supported."
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*could not be saved:UserWarning")
@@ -1063,6 +1064,16 @@ def test_full_fine_tuning_by_null(recipe):
 def test_a_dry_run_writes_nothing(recipe):
     assert run("fit", "--config", recipe, "--trainer.fast_dev_run", "true").status == 0
     assert leftovers() == set()
+
+
+def test_a_schedule_that_ends_before_the_run_is_told(recipe):
+    outcome = run(
+        *("fit", "--config", recipe, "--merge_adapters", "null"),
+        *("--model.lr_scheduler", "torch.optim.lr_scheduler.OneCycleLR"),
+        *("--model.lr_scheduler.max_lr", "0.1", "--model.lr_scheduler.total_steps", "2"),
+    )
+    assert said(outcome).startswith("model.lr_scheduler: Tried to step 3 times.")
+    assert last_step() == 3  # which was made
 
 
 def test_several_strategies_of_optimizer_and_schedule(recipe):

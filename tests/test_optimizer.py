@@ -4,11 +4,18 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn, optim
+from torch.optim import lr_scheduler
 
 from rslightning.errors import UserError
-from rslightning.optimizer import prefer_fused, refuse_parts
+from rslightning.optimizer import (
+    build_optimizer,
+    build_schedule,
+    prefer_fused,
+    refuse_parts,
+)
 
 SHAPES = [(5, 7), (11,), (3, 13)]
 SETTINGS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
@@ -226,3 +233,64 @@ def test_adafactor_is_refused_where_it_gets_parts():
         refuse_parts(adafactor, ModelParallelStrategy())
     refuse_parts(adafactor, DDPStrategy())
     refuse_parts(optim.AdamW(parameters()), ModelParallelStrategy())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(optim.AdamW, lr=-1.0), "Invalid learning rate: -1.0"),
+        (partial(optim.AdamW, betas=(0.9, 2)), "Invalid beta parameter at index 1: 2"),
+        (partial(optim.AdamW, betas=3), "TypeError: "),
+        (optim.SparseAdam, "SparseAdam is for sparse gradients; take Adam."),
+    ],
+)
+def test_what_an_optimizer_says_of_its_arguments_is_told(make, message):
+    with pytest.raises(UserError) as caught:
+        build_optimizer(make, parameters())
+    assert str(caught.value).startswith(f"model.optimizer: {message}")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(lr_scheduler.LinearLR, start_factor=0.0), "Starting multiplicative factor "),
+        (partial(lr_scheduler.CosineAnnealingLR, T_max=0), "ZeroDivisionError: "),
+        (partial(lr_scheduler.StepLR, step_size=0), "ZeroDivisionError: "),
+        (partial(lr_scheduler.OneCycleLR, max_lr=1.0, total_steps=0), "Expected positive integer"),
+        (
+            lr_scheduler.ReduceLROnPlateau,
+            "ReduceLROnPlateau waits for a metric, which is not supported.",
+        ),
+        (
+            partial(ReduceLROnPlateau, monitor="val/loss"),
+            "ReduceLROnPlateau waits for a metric, which is not supported.",
+        ),
+    ],
+)
+def test_what_a_schedule_says_of_its_arguments_is_told(make, message):
+    with pytest.raises(UserError) as caught:
+        build_schedule(make, optim.AdamW(parameters()))
+    assert str(caught.value).startswith(f"model.lr_scheduler: {message}")
+
+
+@pytest.mark.parametrize("kind", [optim.AdamW, partial(optim.SGD, momentum=0.5), optim.Adafactor])
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(lr_scheduler.LinearLR, total_iters=3),
+        partial(lr_scheduler.CosineAnnealingLR, T_max=5),
+        partial(lr_scheduler.StepLR, step_size=2),
+        partial(lr_scheduler.OneCycleLR, max_lr=1.0, total_steps=5, cycle_momentum=False),
+    ],
+)
+def test_a_schedule_that_was_tried_is_that_which_was_not(kind, make):
+    def rates(build):
+        optimizer = build_optimizer(kind, parameters())
+        schedule, found = build(make, optimizer), []
+        for _ in range(5):
+            train(optimizer, steps=1)
+            found.append([dict(group, params=None) for group in optimizer.param_groups])
+            schedule.step()
+        return found
+
+    assert rates(build_schedule) == rates(lambda make, optimizer: make(optimizer))
