@@ -6,12 +6,15 @@ Lightning are imported by the verbs that need them.
 
 import argparse
 import difflib
+import errno
 import io
 import os
 import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Final, TextIO
 
 from rslightning import __version__
@@ -47,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if DEBUG in arguments:
         arguments.remove(DEBUG)
         os.environ[DEBUG_VARIABLE] = "1"  # read wherever an error ends a process
+    _open_closed()
     try:
         _dispatch(arguments)
         sys.stdout.flush()
@@ -56,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _silence_unread() and isinstance(error, BrokenPipeError):
             trains = arguments[:1] and arguments[0] in TRAINER_VERBS
             return _say("nobody reads the output any more", UNREAD) if trains else UNREAD
+        if isinstance(error, OSError) and (error.errno, error.filename) == (errno.ENOSPC, None):
+            _drop_unwritten()
+            return _say(f"The output took no more: {error.strerror}.", 1)
         return _say(*describe_failure(error))
     return 0
 
@@ -253,6 +260,27 @@ class _Parser(argparse.ArgumentParser):
             hint = f"; did you mean {close[0]!r}?" if close else f"; try {self.prog} --help."
             raise UserError(f"{wrong!r} is not known to {self.prog}{hint}")
         raise UserError(f"{message} (see {self.prog} --help).")
+
+
+def _open_closed() -> None:
+    """Let output that was closed, as by `>&-`, go nowhere.
+
+    Else a file that the command writes would get the number of the standard output or error, and
+    hold what is printed.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    nowhere = Path(os.devnull)
+    sys.stdout = sys.stdout or nowhere.open("w")
+    sys.stderr = sys.stderr or nowhere.open("w")
+
+
+def _drop_unwritten() -> None:
+    """Drop what standard output, as /dev/full, has not taken; the interpreter would try again."""
+    with suppress(OSError):
+        sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _silence_unread() -> bool:

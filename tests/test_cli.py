@@ -270,6 +270,42 @@ def test_a_fit_whose_terminal_is_closed_saves_its_last_step(recipe, hangs_up):
     assert last_step() >= 2
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("command", ["recipes", "fit"])
+def test_output_that_is_closed_is_not_missed(recipe, command, closed):
+    options = f"fit --config {recipe} --trainer.max_steps 1" if command == "fit" else command
+    ended = subprocess.run(
+        f"exec {sys.executable} -m rslightning {options} {closed}",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0
+    assert "rslightning: " not in ended.stderr
+    if command == "fit":
+        folder = Path("runs/tiny/version_0")
+        (events,) = folder.glob("events.*")
+        assert last_step() == 1
+        assert b"0 rows cut" not in events.read_bytes()  # what is printed is in no file
+        assert (folder / "merged/config.json").exists()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_onto_a_full_disk_is_told(unbuffered):
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "rslightning", "recipes"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    assert ended.returncode == 1
+    assert ended.stderr == "rslightning: The output took no more: No space left on device.\n"
+
+
 def test_a_broken_pipe_elsewhere_is_a_failure(monkeypatch):
     def fail(arguments):
         raise BrokenPipeError(32, "Broken pipe")
