@@ -33,6 +33,11 @@ OF_THE_USER: Final = re.compile(
 )
 """How errors of other kinds begin by which Lightning tells of a wrong option."""
 
+TOKENIZER: Final = (
+    "data.tokenizer is always that of model.base_model, and cannot be given: put another one's "
+    "files into the base's folder."
+)
+
 FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 CLOSED: Final = (
@@ -152,6 +157,8 @@ def _resolve_configs(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         if resolved and resolved[-1] in ("--config", "-c"):
             argument = str(_config_file(argument))
+        elif re.match(r"--data\.(init_args\.)?tokenizer\b", argument):
+            raise UserError(TOKENIZER)
         elif argument.startswith("--config="):
             argument = f"--config={_config_file(argument.removeprefix('--config='))}"
         resolved.append(argument)
@@ -164,6 +171,10 @@ def _config_file(name: str) -> Path:
     content = read_plain_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no keys such as model, data and trainer.")
+    data = content.get("data")
+    for options in (data, data.get("init_args")) if isinstance(data, dict) else ():
+        if isinstance(options, dict) and "tokenizer" in options:
+            raise UserError(f"{path}: {TOKENIZER}")
     if "grids" in content:
         raise UserError(f"{name} is a sweep: run it with rslightning sweep --config {name}.")
     return path

@@ -28,6 +28,8 @@ def explain(message: str, known_keys: Iterable[str]) -> str:
     if found := re.search(r"Expected a path but ([\w.]+) either not accessible", message):
         keys = re.findall(r'Parser key "([^"]+)"', message)
         where = f"{'.'.join(keys)}: " if keys else ""
+        if found[1].lower() in ("nan", "inf"):
+            return f"{where}Expected a finite number. Got value: {found[1]}"
         return f"{where}There is no class {found[1]} that can be imported"
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     reasons = dict.fromkeys(_plainly(line) for line in lines if not BOILERPLATE.match(line))
@@ -46,6 +48,10 @@ def _join(reasons: Sequence[str]) -> str:
     ]
     if len(wanted) < len(reasons):
         return "; ".join(reasons)
+    if len(wanted) > 1:  # what was given is told once, after all that it could be
+        parts = [reason.partition(". Got value: ") for reason in wanted]
+        given = next((f"; got {value}" for *_, value in parts if value), "")
+        return f"Expected {' or '.join(choice for choice, *_ in parts)}{given}"
     return f"Expected {' or '.join(wanted)}" if wanted else ""
 
 

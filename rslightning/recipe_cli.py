@@ -193,6 +193,11 @@ class RecipeCLI(LightningCLI):
                 f"with --model.start_from {path}."
             )
         _keep_metrics(self.trainer)
+        if 0 <= self.trainer.max_steps <= (step := content.get("global_step", 0)):
+            rank_zero_info(
+                f"{path} is of step {step}, and trainer.max_steps is {self.trainer.max_steps}: "
+                "nothing is left to train."
+            )
         self._tell_changes(Path(path).absolute().parent)
 
     def _tell_changes(self, checkpoints: Path) -> None:

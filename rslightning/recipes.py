@@ -46,6 +46,8 @@ def find_config(name: str) -> Path:
     for candidate in (name, f"recipes/{name}", f"recipes/{name}.yaml", f"{name}.yaml"):
         if candidate in names:
             return packaged_root() / candidate
+    if Path(name).is_dir():
+        raise UserError(f"{name} is a folder; give the file of a configuration.")
     close = difflib.get_close_matches(name, [*names, *(Path(n).stem for n in names)], n=1)
     hint = f"; did you mean {close[0]}?" if close else "; `rslightning recipes` lists them."
     raise UserError(f"There is no configuration {name}{hint}")

@@ -73,12 +73,20 @@ def _whole_or_before(path: Path) -> Found:
     damage = damage_of(path)
     if damage is None:
         return Found(path, [])
+    if path.is_file() and not _was_archive(path):
+        raise UserError(f"{path} is no checkpoint.")
     earlier = [p for _, p in list_steps(path.parent) if p.stat().st_mtime < path.stat().st_mtime]
     for other in reversed(earlier):
         if damage_of(other) is None:
             said = f"{path} is not whole ({damage}): going on from {other.name} of before."
             return Found(other, [said])
     raise UserError(f"{path} is not whole ({damage}), and no checkpoint of before is beside it.")
+
+
+def _was_archive(path: Path) -> bool:
+    """Tell whether a file can be what is left of one of torch: its beginning, or blank."""
+    with path.open("rb") as file:
+        return file.read(2) in (b"PK", b"\0\0", b"")
 
 
 def _newest(folder: Path) -> Found:

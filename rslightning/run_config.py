@@ -18,7 +18,7 @@ NO_PART: Final = (
     "trainer.num_nodes",
     "trainer.logger",
 )
-"""Keys in which two runs of the same configuration may differ."""
+"""Keys in which two runs of the same configuration may differ, and what is in them."""
 
 NOT_TOLD: Final = (
     "ckpt_path",
@@ -74,7 +74,7 @@ def _resumed(run: Path) -> int | None:
 def first_difference(saved: Any, now: Mapping[str, Any]) -> str | None:
     """Return in what two configurations are not the same, with both values; None if they are."""
     for key, before, value in differences(saved, now):
-        if key not in NO_PART and (key, value) != AUTO_RANK:
+        if not _is_within(key, NO_PART) and (key, value) != AUTO_RANK:
             return f"{key} {before!r}, not {value!r}"
     return None
 

@@ -442,6 +442,21 @@ def test_a_recipe_is_shown_and_copied(tmp_path, monkeypatch):
         ("--checkpoint.every_n_steps x", "checkpoint.every_n_steps: Expected int. Got value: x"),
         ("--ckpt_path no.ckpt", "There is no checkpoint no.ckpt."),
         ("extra", "unrecognized arguments: extra"),
+        *(
+            (
+                f"--data.{name}",
+                "data.tokenizer is always that of model.base_model, and cannot be given: put "
+                "another one's files into the base's folder.",
+            )
+            for name in ("tokenizer nowhere", "tokenizer=nowhere", "init_args.tokenizer nowhere")
+        ),
+        (
+            "--model.optimizer.lr nan",
+            "model.optimizer.lr: Expected a finite number. Got value: nan",
+        ),
+        ("--model.adapter.rank 1e2", "model.adapter.rank: Expected int or 'auto'; got 100.0"),
+        ("--ckpt_path tiny.yaml", "tiny.yaml is no checkpoint."),
+        ("--config .", ". is a folder; give the file of a configuration."),
     ],
 )
 def test_a_wrong_option_is_one_line(recipe, wrong, message):
@@ -478,6 +493,18 @@ def test_a_wrong_option_is_one_line(recipe, wrong, message):
         ),
         ("model: {adapter: {rank: 0}}", "rank must be a positive integer, got 0"),
         ("model: {adapter: {alpha: big}}", "model.adapter.alpha: Expected float. Got value: big"),
+        *(
+            (
+                f"data: {{{options}}}",
+                "wrong.yaml: data.tokenizer is always that of model.base_model, and cannot be "
+                "given: put another one's files into the base's folder.",
+            )
+            for options in ("tokenizer: x", "init_args: {tokenizer: x}")
+        ),
+        (
+            "model: &a [*a]",
+            "wrong.yaml holds an alias within what it names, which has no end.",
+        ),
         ("just text", "wrong.yaml holds no keys such as model, data and trainer."),
         ("", "wrong.yaml holds no keys such as model, data and trainer."),
     ],
@@ -966,6 +993,18 @@ def test_a_stopped_run_is_gone_on_with(recipe, caplog, told_at_step, how):
         assert run(*options[:3], "--auto_resume", "true").status == 0
         after = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
         assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@resumes
+def test_a_checkpoint_beyond_the_last_step_is_told(fitted, caplog):
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
+    newest = fitted / "checkpoints/step-3.ckpt"
+    options = ("--ckpt_path", newest, "--trainer.max_steps", "2", "--merge_adapters", "null")
+    assert run("fit", "--config", "tiny.yaml", *options).status == 0
+    assert (
+        f"{newest} is of step 3, and trainer.max_steps is 2: nothing is left to train."
+        in caplog.text
+    )
 
 
 @resumes

@@ -159,7 +159,9 @@ def test_what_may_differ(tmp_path):
 def test_a_run_is_of_the_configuration_with_which_it_went_on_last(tmp_path):
     run = make_run(tmp_path / "tiny/version_0", (2,), config(tmp_path, rank=4))
     for number in (9, 10):
-        text = yaml.safe_dump(config(tmp_path, seed_everything=number))
+        saved = config(tmp_path, seed_everything=number)
+        saved["trainer"]["logger"]["init_args"]["version"] = run.name
+        text = yaml.safe_dump(saved)
         (run / f"config.resume-{number}.yaml").write_text(text)
     assert find_run(config(tmp_path, seed_everything=10))[0].folder == run
     assert find_run(config(tmp_path, seed_everything=9))[1] == (

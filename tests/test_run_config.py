@@ -97,6 +97,19 @@ def test_other_batches_of_a_pass_are_told(changes, said):
     )
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trainer__logger__init_args__version": "version_0"},  # as a run saves that goes on
+        {"trainer__logger": False},
+        {"ckpt_path": "x", "auto_resume": True, "trainer__devices": 2},
+        {"model__adapter__rank": "auto"},
+    ],
+)
+def test_what_does_not_make_another_run(changes):
+    assert first_difference(config(), config(**changes)) is None
+
+
 def test_what_is_there_now_and_was_not_is_a_difference():
     now = config(model__lr_scheduler=COSINE)
     assert list(differences(config(), now)) == [("model.lr_scheduler", None, COSINE)]
