@@ -767,7 +767,7 @@ def test_evaluation_on_a_base_that_has_moved(fitted, model_folder):
     "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP], ids=lambda number: number.name
 )
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
-def test_an_evaluation_that_is_told_to_end_says_so(recipe, monkeypatch, verb, number):
+def test_an_evaluation_that_is_told_to_end_says_so(recipe, monkeypatch, hangs_up, verb, number):
     begin, batches = CausalLMModule.forward, []
 
     def forward(self, batch):

@@ -36,12 +36,12 @@ class Told(Callback):
 @pytest.fixture(autouse=True)
 def same_handlers():
     """The signals mean afterwards what they meant before."""
-    # A shell that starts the tests in the background lets them ignore SIGINT, and nohup SIGHUP.
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    # A shell that starts the tests in the background lets them ignore SIGINT, nohup SIGHUP, and a
+    # Trainer that failed leaves handlers of its own.
+    usual = dict.fromkeys(SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
     at_start = {number: signal.signal(number, handler) for number, handler in usual.items()}
-    before = [signal.getsignal(number) for number in SIGNALS]
     yield
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert {number: signal.getsignal(number) for number in SIGNALS} == usual
     for number, handler in at_start.items():
         signal.signal(number, handler)
 
