@@ -96,14 +96,16 @@ def attention_of_parts(q, k, v, cu_seqlens_q, cu_seqlens_k, **options):
 def flash_attention(monkeypatch):
     """transformers believes that flash-attn is there; its functions are computed by torch."""
 
-    def arguments(
-        is_causal=True, softmax_scale=None, max_seqlen_q=None, max_seqlen_k=None, **_
-    ) -> dict:
-        return {"causal": is_causal, "softmax_scale": softmax_scale}
+    class Arguments(list):
+        """transformers 5.23 takes a pair of functions, those before it one."""
+
+        def __call__(self, *_, is_causal=True, softmax_scale=None, **__) -> dict:
+            return {"causal": is_causal, "softmax_scale": softmax_scale}
 
     functions = (attention, attention_of_parts, None, None, None)
+    arguments = Arguments([Arguments()] * 2)
     monkeypatch.setattr(
-        flash_utils, "lazy_import_flash_attention", lambda *_, **__: (functions, [arguments] * 2)
+        flash_utils, "lazy_import_flash_attention", lambda *_, **__: (functions, arguments)
     )
 
 
