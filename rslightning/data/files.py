@@ -165,7 +165,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                row = _without_half_characters(json.loads(text), text)
+                row = _without_half_characters(json.loads(text, object_pairs_hook=_object), text)
             except UnicodeError:
                 raise UserError(f"{path}, line {number}, is not UTF-8 text.") from None
             except ValueError as error:
@@ -207,11 +207,21 @@ def _json_values(path: Path) -> Iterator[dict[str, Any]]:
 
 def _decode_all(text: str) -> Iterator[Any]:
     """Yield the JSON values of a text that follow one another."""
-    decoder, end = json.JSONDecoder(), 0
+    decoder, end = json.JSONDecoder(object_pairs_hook=_object), 0
     while end < len(text):
         value, end = decoder.raw_decode(text, end)
         yield value
         end = WHITESPACE.match(text, end).end()  # type: ignore[union-attr]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; raise `ValueError` if a key has several values: one would be lost."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {repeated!r} more than once")
+    return values
 
 
 def _without_half_characters(value: Any, text: str) -> Any:

@@ -67,6 +67,9 @@ def test_a_column_that_a_row_lacks_is_null(tmp_path):
     assert values(path) == [{"a": 1, "b": None}, {"a": None, "b": 2}, {"a": 3, "b": None}]
 
 
+TWICE = "an object has the key 'a' more than once"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -78,6 +81,10 @@ def test_a_column_that_a_row_lacks_is_null(tmp_path):
         (b'[{"text": "a"}, 4]', ", row 2, is JSON, but no object of columns."),
         (b'{"text": \n{"text": "a"}\n', ", line 1, is not JSON: Expecting value"),
         (b"4\n5\n", ", line 1, is JSON, but no object of columns."),
+        (b'{"a": 1}\n{"a": 1, "b": 2, "a": 3}', f", line 2, is not JSON: {TWICE}."),
+        (b'{"a": 1, "b": {"a": 2, "a": 2}}\n', f", line 1, is not JSON: {TWICE}."),
+        (b'[{"a": 1, "a": 3}]', f" cannot be read: {TWICE}."),
+        (b'{"a": 1,\n"a": 3}', f" cannot be read: {TWICE}."),
     ],
 )
 def test_what_is_no_row_is_named(tmp_path, content, message):
