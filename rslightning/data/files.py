@@ -253,6 +253,7 @@ def reading(path: Path) -> Iterator[None]:
         datasets.exceptions.DatasetGenerationError,
         OSError,
         ValueError,
+        RecursionError,  # of JSON that is nested too deep
         pa.ArrowException,
     ) as error:
         raise UserError(f"{path} cannot be read: {reason(error)}.") from None

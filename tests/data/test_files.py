@@ -85,6 +85,7 @@ TWICE = "an object has the key 'a' more than once"
         (b'{"a": 1, "b": {"a": 2, "a": 2}}\n', f", line 1, is not JSON: {TWICE}."),
         (b'[{"a": 1, "a": 3}]', f" cannot be read: {TWICE}."),
         (b'{"a": 1,\n"a": 3}', f" cannot be read: {TWICE}."),
+        (b'{"a": ' + b"[" * 100_000, " cannot be read: "),
     ],
 )
 def test_what_is_no_row_is_named(tmp_path, content, message):
