@@ -10,6 +10,8 @@ from typing import Any, Final
 
 PLAIN: Final = (str, bytes, int, float, bool, type(None))
 INSTALLED: Final = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+PACKAGES: Final = frozenset(["site-packages", "dist-packages"])
+"""Folders of installed packages, of a user or of a system, wherever they are."""
 
 
 def template_source(kind: type, base: type) -> list[str]:
@@ -71,7 +73,8 @@ def _belongs_to(function: FunctionType, value: FunctionType | type) -> bool:
         file = Path(inspect.getfile(value)).absolute()
     except (OSError, TypeError):  # built in
         return False
-    return not any(file.is_relative_to(folder) for folder in INSTALLED)
+    is_installed = any(file.is_relative_to(folder) for folder in INSTALLED)
+    return not is_installed and PACKAGES.isdisjoint(file.parts)
 
 
 def _code(thing: Any) -> str:

@@ -107,6 +107,21 @@ def test_what_is_not_used_is_not_seen(source):
     assert source('UNUSED = "unused"', 'UNUSED = "changed"') == source()
 
 
+@pytest.mark.parametrize("packages", ["site-packages", "dist-packages"])
+def test_packages_of_a_user_or_a_system_are_installed_too(source, tmp_path, monkeypatch, packages):
+    folder = tmp_path / ".local" / packages
+    folder.mkdir(parents=True)
+    monkeypatch.syspath_prepend(folder)
+    source()
+    (tmp_path / "helper_of_template.py").rename(folder / "helper_of_template.py")
+    sys.modules.pop("helper_of_template")
+    sys.modules.pop("module_of_template")
+    importlib.invalidate_caches()
+    texts = template_source(importlib.import_module("module_of_template").Leaf, TextDataModule)
+    assert not any("def ended" in text or "MARK" in text for text in texts)
+    assert any("def used" in text for text in texts)
+
+
 def test_texts_do_not_depend_on_the_process(source, tmp_path):
     expected = source()
     code = (
