@@ -243,14 +243,13 @@ def _in_tables(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn what a reader says of a broken file into one sentence."""
-    import datasets
-
     try:
         yield
+    except GeneratorExit:  # perhaps as the interpreter ends, when modules hold nothing any more
+        raise
     except UserError:
         raise
     except (
-        datasets.exceptions.DatasetGenerationError,
         OSError,
         ValueError,
         RecursionError,  # of JSON that is nested too deep

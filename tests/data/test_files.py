@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from rslightning.data import JSONL
+from rslightning.data import JSONL, files
 from rslightning.data.files import file_tables
 from rslightning.data.rows import HubSplit, Rows, find_rows
 from rslightning.errors import UserError
@@ -65,6 +65,14 @@ def test_a_mark_at_the_beginning_and_blank_lines_are_no_rows(tmp_path):
 def test_a_column_that_a_row_lacks_is_null(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"a": 1}, {"b": 2}, {"a": 3}])
     assert values(path) == [{"a": 1, "b": None}, {"a": None, "b": 2}, {"a": 3, "b": None}]
+
+
+def test_rows_that_are_left_as_the_interpreter_ends_say_nothing(tmp_path, monkeypatch):
+    """As a stream's are; by then a module holds None for each of its names."""
+    rows = file_tables(write(tmp_path / "rows.jsonl", MIXED[0]), "line", 1)
+    next(rows)
+    monkeypatch.setattr(files, "pa", None)
+    rows.close()
 
 
 TWICE = "an object has the key 'a' more than once"
