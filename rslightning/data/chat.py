@@ -43,8 +43,8 @@ class Chat(TextDataModule):
 
     The template is given the turns with all their keys that are not null, and the tools (a list, or
     JSON text of one). Arguments of calls may be JSON text, as OpenAI has them: templates expect
-    them decoded. A row is bad where the template leaves out tools, a call, reasoning or a turn of
-    the role `tool`. An answer with `weight: 0` is context, no target.
+    them decoded. A row is bad where the template leaves out tools, a call, the text beside one,
+    reasoning or a turn of the role `tool`. An answer with `weight: 0` is context, no target.
 
     The template is applied to the turns up to each answer and to those with the answer; what the
     latter adds is what the model must write, its end-of-turn token included. A warning tells where
@@ -100,6 +100,10 @@ class Chat(TextDataModule):
             shown = [*earlier, message]
             if message["role"] == "tool":
                 self._check_written(shown, tools, earlier, tools, f"turn {number + 1}")
+            if any(map(message.get, CALLS)) and (message["content"] or "").strip():
+                bare = {**message, "content": ""}
+                part = f"the text beside the call of turn {number + 1}"
+                self._check_written(shown, tools, [*earlier, bare], tools, part)
             for key in BESIDE_CONTENT:
                 if message.get(key):
                     bare = {name: value for name, value in message.items() if name != key}

@@ -225,6 +225,15 @@ def test_what_the_template_leaves_out_is_named(chat, template, tools, lost):
         chat([row], template=template)
 
 
+def test_a_text_beside_a_call_that_the_template_leaves_out_is_named(chat):
+    row = with_call({"city": "Paris"})
+    row["messages"][1]["content"] = "I look."
+    assert target_runs(chat([row], template=WITH_TOOLS))[0].startswith("I look.<call>")
+    either = WITH_TOOLS.replace("{% if m.content %}", "{% if not m.tool_calls %}")
+    with pytest.raises(UserError, match="leaves out the text beside the call of turn 2;"):
+        chat([row], template=either)  # as that of Llama 3.1
+
+
 def test_an_answer_of_weight_0_is_no_target(chat):
     row = openai(TURNS)
     for turn, weight in zip(row["messages"], [None, None, 0, None, 1], strict=True):
