@@ -153,6 +153,8 @@ class TrainableCheckpoint(Checkpoint):
         together = isinstance(exception, NonFiniteError | SIGTERMException | StoppedError)
         if isinstance(exception, StopNow) or (trainer.world_size > 1 and not together):
             return
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         if self._is_between_callbacks(trainer):  # one before this failed
             self._step_is_over(trainer)
             self._log_step(trainer)

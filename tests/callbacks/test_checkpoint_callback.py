@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -112,9 +112,17 @@ def test_a_run_shorter_than_the_interval_leaves_its_end(
         assert torch.equal(saved["state_dict"][name], tensor)
 
 
+def fail(*arguments):
+    raise RuntimeError("the device is lost")
+
+
 def test_a_dry_run_leaves_nothing(make_trainer, make_module, make_data, tmp_path):
     module, data = make_module(), make_data()
     fit(make_trainer, module, data, TrainableCheckpoint(1), fast_dev_run=True)
+    assert list(tmp_path.iterdir()) == []
+    failing = LambdaCallback(on_validation_start=fail)
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        fit(make_trainer, module, data, TrainableCheckpoint(1), failing, fast_dev_run=True)
     assert list(tmp_path.iterdir()) == []
 
 
