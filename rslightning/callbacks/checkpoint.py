@@ -82,7 +82,10 @@ class TrainableCheckpoint(Checkpoint):
         self._max_steps: int | None = None  # to give back: see `let_begin`
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the folder, the same for all processes."""
+        """Choose the folder, the same for all processes; forget a fit that failed."""
+        if stage == "fit":
+            self.problem = self._between_steps = self._max_steps = None
+            self._steps = self._validates = False
         self.dirpath = trainer.strategy.broadcast(str(run_folder(trainer) / CHECKPOINTS))
         if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
             raise UserError(

@@ -423,3 +423,71 @@ def test_a_resumed_run_does_not_save_within_a_step(make_trainer, make_module, ma
     fit(make_trainer, make_module(), make_data(), TrainableCheckpoint(2), **options)
     assert files(tmp_path) == ["last.ckpt", "step-2.ckpt", "step-3.ckpt"]
     assert (tmp_path / "checkpoints/step-2.ckpt").read_bytes() == before
+
+
+class Validations(Callback):
+    """Note the steps at which validations begin and what they find; fail in one of them."""
+
+    def __init__(self, failing=None, hook="on_validation_start"):
+        self.steps, self.losses = [], []
+
+        def fail_once(trainer, *arguments):
+            if trainer.global_step == failing:
+                raise RuntimeError("the device is lost")
+
+        if failing:
+            setattr(self, hook, fail_once)
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        self.steps.append(trainer.global_step)
+
+    def on_validation_end(self, trainer, pl_module):
+        self.losses.append(trainer.callback_metrics["val/loss"].item())
+
+
+EVERY_TWO_STEPS = {
+    "max_steps": 4,
+    "val_check_interval": 2,
+    "check_val_every_n_epoch": None,
+    "limit_val_batches": 2,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_batch_end"])
+@pytest.mark.parametrize("failing", [2, 4])  # within the run, and after its last step
+def test_a_validation_that_was_due_is_made_by_the_run_that_goes_on(
+    make_trainer, make_module, make_data, tmp_path, failing, hook
+):
+    def run(*callbacks, **options):
+        module = make_module()
+        trainer = fit(make_trainer, module, make_data(), *callbacks, **EVERY_TWO_STEPS, **options)
+        assert (trainer.global_step, trainer.max_steps) == (4, 4)
+        return module.trainable_state()
+
+    whole, resumed = Validations(), Validations()
+    state = run(TrainableCheckpoint(), whole)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        run(TrainableCheckpoint(), Validations(failing, hook))
+    path = tmp_path / "checkpoints/last.ckpt"
+    assert step_of(path) == failing
+    found = run(TrainableCheckpoint(), resumed, ckpt_path=path)
+    assert resumed.steps == [step for step in whole.steps if step >= failing]
+    assert resumed.losses == whole.losses[-len(resumed.losses) :]
+    for name, tensor in state.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+def test_a_new_fit_makes_no_validation_of_one_that_failed(
+    make_trainer, make_module, make_data, tmp_path
+):
+    """The callback's object may serve both."""
+    checkpoint, failing, validations = TrainableCheckpoint(), Validations(4), Validations()
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        fit(make_trainer, make_module(), make_data(), checkpoint, failing, **EVERY_TWO_STEPS)
+    options = EVERY_TWO_STEPS | {"max_steps": 2}
+    trainer = fit(make_trainer, make_module(), make_data(), checkpoint, validations, **options)
+    assert trainer.global_step == 2
+    assert validations.steps == [2]
