@@ -54,6 +54,28 @@ def test_examples_that_see_each_other(name):
     assert model.training
 
 
+def test_experts_that_round_to_16_bit_as_they_compute():
+    """As under `bf16-mixed`, where the weights are in 32 bit."""
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+    model = build("mixtral", **LLAMA | EXPERTS | wide | {"num_local_experts": 8})
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert keeps_examples_apart(model)
+
+
+def test_logits_that_tell_nothing_are_no_reason_to_refuse():
+    model = build("llama", **LLAMA)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert keeps_examples_apart(model)
+
+
+def test_parts_in_evaluation_stay_so():
+    model = build("llama", **LLAMA).train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    assert keeps_examples_apart(model)
+    assert [module.training for module in model.modules()] == before
+
+
 def test_a_base_that_would_mix_examples_is_refused(
     make_trainer, make_module, make_data, model_folder, tmp_path
 ):
