@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, Final
 
 import torch
@@ -57,7 +58,10 @@ def build_schedule(make: Callable[..., Any], optimizer: Optimizer) -> Any:
             metric.
     """
     stand_in = SGD([nn.Parameter(torch.zeros(1))])
-    stand_in.param_groups = [dict(group) for group in optimizer.param_groups]
+    stand_in.param_groups = [
+        deepcopy(group | {"params": []}) | {"params": group["params"]}  # a rate may be a tensor
+        for group in optimizer.param_groups
+    ]
     stand_in.defaults = optimizer.defaults
     with told_as("model.lr_scheduler"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the optimizer makes no step

@@ -273,7 +273,15 @@ def test_what_a_schedule_says_of_its_arguments_is_told(make, message):
     assert str(caught.value).startswith(f"model.lr_scheduler: {message}")
 
 
-@pytest.mark.parametrize("kind", [optim.AdamW, partial(optim.SGD, momentum=0.5), optim.Adafactor])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        optim.AdamW,
+        lambda trained: optim.AdamW(trained, lr=torch.tensor(0.1)),  # is changed in place
+        partial(optim.SGD, momentum=0.5),
+        optim.Adafactor,
+    ],
+)
 @pytest.mark.parametrize(
     "make",
     [
@@ -289,7 +297,9 @@ def test_a_schedule_that_was_tried_is_that_which_was_not(kind, make):
         schedule, found = build(make, optimizer), []
         for _ in range(5):
             train(optimizer, steps=1)
-            found.append([dict(group, params=None) for group in optimizer.param_groups])
+            found.append(
+                [copy.deepcopy(dict(group, params=None)) for group in optimizer.param_groups]
+            )
             schedule.step()
         return found
 
