@@ -24,7 +24,8 @@ def refuse_other_weights(model: Any, base: ModelFolder) -> None:
         name = path.replace(".base_layer.", ".").replace(".base.", ".")  # in PEFT's layers, in ours
         stored = shapes.get(name, shapes.get(name.partition(".")[2]))
         shape = list(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 keeps it there
-        is_packed = not parameter.is_floating_point()  # as 4-bit weights are
+        # 4-bit weights are, in bytes or (`bnb_4bit_quant_storage`) in the words of a float.
+        is_packed = hasattr(parameter, "quant_state") or not parameter.is_floating_point()
         if stored is not None and not is_packed and math.prod(stored) != math.prod(shape):
             raise UserError(
                 f"{name} has shape {shape} in the model and {stored} in {base.path}: {WAY_OUT}"

@@ -16,14 +16,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BatchEncoding,
+    BitsAndBytesConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaForCausalLM,
 )
 
 from rslightning.callbacks import MergeAdapters
+from rslightning.callbacks.base_weights import refuse_other_weights
 from rslightning.callbacks.merge_adapters import language_model
 from rslightning.errors import RunError, UserError
+from rslightning.model_folder import ModelFolder
 from rslightning.rslora import AdapterSpec, collect_adapter, inject_adapters, merge_adapters
 
 IDS = torch.arange(2, 38).reshape(4, 9)
@@ -649,6 +652,20 @@ def test_resized_embeddings_stop_the_fit_at_its_start(fit, load, bases, kind):
         f"{name} has shape [60, {width}] in the model and [53, {width}] in {bases / kind}: "
         f"{SAVE_FIRST}"
     )
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_a_base_in_4_bit_is_of_the_sizes_that_it_was_loaded_from(bases, storage):
+    """FSDP needs one dtype of all weights: bitsandbytes then packs them into floats."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=storage)
+    base = bases / "llama"
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == storage
+    refuse_other_weights(peft_model(model).get_base_model(), ModelFolder(base))
+    model.resize_token_embeddings(60, mean_resizing=False)
+    with pytest.raises(UserError, match=r"embed_tokens.weight has shape \[60, 24\]"):
+        refuse_other_weights(model, ModelFolder(base))
 
 
 def test_a_head_of_another_size_stops_the_fit_at_its_start(fit, bases, tmp_path):
