@@ -187,7 +187,8 @@ def _same_buffers(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for owner, name, buffer, values in kept:
-            buffer.copy_(values)
+            if not buffer.is_inference():  # made in a validation: nothing can change it here
+                buffer.copy_(values)
             setattr(owner, name, buffer)
 
 

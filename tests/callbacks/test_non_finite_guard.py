@@ -265,6 +265,14 @@ def test_buffers_do_not_see_the_second_pass(make_trainer):
     assert dict(module.named_buffers()).keys() == {"changed", "replaced"}
 
 
+def test_a_buffer_that_a_validation_left_is_no_hindrance(make_trainer):
+    """As of rotary embeddings whose frequencies depend on the length."""
+    module = Foreign()
+    with torch.inference_mode():
+        module.register_buffer("frequencies", torch.ones(3))
+    assert "the first such value is an output of second." in stopped(make_trainer, module)
+
+
 class Stops(Foreign):
     """Fails with an error of its own after a micro-batch whose loss is NaN."""
 
