@@ -64,6 +64,10 @@ def keeps_examples_apart(model: PreTrainedModel) -> bool:
     logits, changed = (each.float() for each in found)
     spread = (logits - logits.mean(-1, keepdim=True)).norm(dim=-1)
     moved = (changed - logits).norm(dim=-1) / spread
-    in_16_bit = model.dtype.itemsize == 2 or torch.is_autocast_enabled(model.device.type)
-    allowed = CHANGE_IN_16_BIT if in_16_bit else CHANGE_IN_32_BIT
+    in_32_bit = (
+        model.dtype.itemsize > 2
+        and not torch.is_autocast_enabled(model.device.type)
+        and torch.get_float32_matmul_precision() == "highest"  # others have the bits of 16
+    )
+    allowed = CHANGE_IN_32_BIT if in_32_bit else CHANGE_IN_16_BIT
     return not bool(moved.median() > allowed)  # nor by logits that are not finite, or all the same
