@@ -237,4 +237,4 @@ def plain_path(path: str) -> str:
 
     That is how a checkpoint knows it, and `get_submodule` finds it under both.
     """
-    return f"{path}.".replace("_orig_mod.", "").removesuffix(".")
+    return ".".join(segment for segment in path.split(".") if segment != "_orig_mod")

@@ -383,3 +383,10 @@ def test_a_model_without_blocks_is_one_block():
     report = inject_adapters(model, AdapterSpec(rank=2, targets="mlp"))
     assert list(report.modules) == ["up"]
     assert isinstance(model["up"], LoRALinear)
+
+
+def test_a_name_that_ends_as_that_of_a_compiled_module_is_kept():
+    model = nn.ModuleDict({"own_orig_mod": nn.ModuleDict({"q_proj": nn.Linear(4, 4)})})
+    report = inject_adapters(model, AdapterSpec(rank=2, targets=["q_proj"]))
+    assert list(report.modules) == ["own_orig_mod.q_proj"]
+    assert isinstance(model["own_orig_mod"]["q_proj"], LoRALinear)
