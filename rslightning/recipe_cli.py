@@ -109,7 +109,7 @@ class RecipeCLI(LightningCLI):
     """LightningCLI over `CausalLMModule` and any DataModule."""
 
     def __init__(self, args: Sequence[str], run: bool = True, build: bool = True) -> None:
-        self.build, self.began = build, int(time.time())
+        self.runs, self.build, self.began = run, build, int(time.time())
         quiet = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             CausalLMModule,
@@ -131,6 +131,9 @@ class RecipeCLI(LightningCLI):
         for name, (kind, default) in GROUPS.items():
             parser.add_argument(f"--{name}", type=kind, default=default)
         parser.add_argument("--auto_resume", type=bool, default=False)
+        if not self.runs:  # they are of a verb, and stand in what a fit has saved
+            for name in ("ckpt_path", "weights_only"):
+                parser.add_argument(f"--{name}", type=Any, default=None)
         parser.link_arguments("model.base_model", "data.init_args.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

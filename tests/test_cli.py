@@ -672,6 +672,12 @@ def fitted(whole_run, tmp_path, monkeypatch):
     return Path("runs/tiny/version_0")
 
 
+def test_the_data_of_a_run_are_shown_from_its_configuration(fitted):
+    outcome = run("data", "show", "--config", fitted / "config.yaml", "-n", "1")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert outcome.out == run("data", "show", "--config", "tiny.yaml", "-n", "1").out
+
+
 def test_a_fit_stays_in_the_working_folder(recipe, tmp_path, monkeypatch):
     # A thread writes TensorBoard's files, by relative paths, while the fit goes on.
     visited, start, change = [], recipe_cli.SaveRunConfig.on_fit_start, os.chdir
