@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import final
 
+from rslightning.callbacks.taken_signals import TakenSignals
 from rslightning.errors import STOP_SIGNALS, StoppedError
 
 
@@ -16,8 +17,7 @@ class StopEvaluation(Callback):
 
     No state is saved, so that the processes need not agree on it; SIGINT interrupts at once, as it
     does anyway. Lightning's own handler of SIGTERM, which is replaced in the meantime, ends the
-    command as if all were well, or goes on. A SIGHUP that was ignored, as `nohup` lets it be,
-    stays so.
+    command as if all were well, or goes on. Under `nohup` SIGHUP stays ignored.
 
     Raises:
         StoppedError: When this process was told.
@@ -25,15 +25,12 @@ class StopEvaluation(Callback):
 
     def __init__(self) -> None:
         self._noted = 0
-        self._before: dict[int, Any] = {}
+        self._signals = TakenSignals()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals."""
         self._noted = 0
-        taken = set(STOP_SIGNALS) - {signal.SIGINT}
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-            taken.remove(signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._note) for number in taken}
+        self._signals.take(set(STOP_SIGNALS) - {signal.SIGINT}, self._note)
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -48,18 +45,13 @@ class StopEvaluation(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
-        self._give_back()
+        self._signals.give_back()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Give the signals back."""
-        self._give_back()
-
-    def _give_back(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        self._signals.give_back()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = number

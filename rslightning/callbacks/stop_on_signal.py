@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import final
 
+from rslightning.callbacks.taken_signals import TakenSignals
 from rslightning.errors import STOP_SIGNALS, StoppedError
 
 
@@ -24,8 +25,7 @@ class StopOnSignal(Callback):
     The handler only notes the signal. The processes, which agree on it once per optimizer step,
     then stop at the same one, also where a single process was told; `TrainableCheckpoint` saves
     what that step left. On one process a validation is interrupted, too. A second SIGINT stops at
-    once. Outside of training, signals do what they did before. A SIGHUP that was ignored, as
-    `nohup` lets it be, stays so: the terminal is gone, and the run goes on.
+    once. Outside of training, signals do what they did before. Under `nohup` SIGHUP stays ignored.
 
     Lightning's own handlers, which are replaced in the meantime, save or broadcast from within:
     the processes are then at different places, and wait for each other for ever.
@@ -37,15 +37,12 @@ class StopOnSignal(Callback):
     def __init__(self) -> None:
         self._noted = 0
         self._step = -1
-        self._before: dict[int, Any] = {}
+        self._signals = TakenSignals()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals."""
         self._noted, self._step = 0, trainer.global_step
-        taken = set(STOP_SIGNALS)
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-            taken.remove(signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._note) for number in taken}
+        self._signals.take(STOP_SIGNALS, self._note)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -70,19 +67,14 @@ class StopOnSignal(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the signals back."""
-        self._give_back()
+        self._signals.give_back()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Give the signals back, but for those that would disturb the saving."""
         if not isinstance(exception, StoppedError):
-            self._give_back()
-
-    def _give_back(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+            self._signals.give_back()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._noted == number:

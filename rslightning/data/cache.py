@@ -61,7 +61,7 @@ def cached_folder(key: str, build: Callable[[Path], None]) -> Path:
 def _is_whole(folder: Path) -> bool:
     """Tell whether a cache is there with every byte that was written; else it is built anew.
 
-    To read it takes less time than the digest of the files that it was made of.
+    To read it takes less time than the digest of the files that it was made of, if it was of files.
     """
     return folder.is_dir() and find_damage(folder) is None
 

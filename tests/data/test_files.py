@@ -73,6 +73,7 @@ def test_rows_that_are_left_as_the_interpreter_ends_say_nothing(tmp_path, monkey
     next(rows)
     monkeypatch.setattr(files, "pa", None)
     rows.close()
+    assert list(rows) == []
 
 
 TWICE = "an object has the key 'a' more than once"
@@ -166,10 +167,10 @@ def test_parquet_columns_that_hold_json_are_decoded(tmp_path):
 def test_rows_of_the_hub_are_those_of_its_file(tmp_path, monkeypatch, number, streaming):
     import datasets
 
+    if not hasattr(datasets, "Json"):  # before 5
+        pytest.skip("this version of datasets refuses columns of several types")
     path = write(tmp_path / "rows.jsonl", MIXED[number])
     rows = datasets.load_dataset("json", data_files=str(path), split="train", streaming=streaming)
-    if not hasattr(datasets, "Json"):
-        pytest.skip("this version refuses columns of several types")
     monkeypatch.setattr(Rows, "_hub_set", lambda self: rows)
     found = Rows(HubSplit("some/rows", None, "train"), streaming)
     assert [row.values for row in found.pick()] == MIXED[number]
