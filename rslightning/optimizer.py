@@ -1,4 +1,4 @@
-"""Which of torch's implementations of an optimizer makes the step, and which would make another."""
+"""Optimizer and schedule: built, or refused, and stepped by the fastest of torch's kernels."""
 
 import warnings
 from collections.abc import Callable, Iterator
